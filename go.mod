@@ -1,0 +1,3 @@
+module github.com/cloudcode-dev/cloudcode
+
+go 1.26.0
