@@ -1,0 +1,185 @@
+package pki
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/hex"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+
+	nodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/node/v1"
+)
+
+// Member is a node's or gateway's own certificate and the authority it trusts.
+type Member struct {
+	Identity Identity
+	pair     tls.Certificate
+	pool     *x509.CertPool
+}
+
+// ClientTLS is for dialling the server and gateways.
+func (m *Member) ClientTLS() *tls.Config {
+	return &tls.Config{
+		MinVersion:   tls.VersionTLS13,
+		ServerName:   ServerName,
+		RootCAs:      m.pool,
+		Certificates: []tls.Certificate{m.pair},
+	}
+}
+
+// ServerTLS is for a listener that members dial: it demands their certificate.
+func (m *Member) ServerTLS() *tls.Config {
+	return &tls.Config{
+		MinVersion:   tls.VersionTLS13,
+		Certificates: []tls.Certificate{m.pair},
+		ClientAuth:   tls.RequireAndVerifyClientCert,
+		ClientCAs:    m.pool,
+	}
+}
+
+// JoinOptions say how to become a member.
+type JoinOptions struct {
+	Server   string // host:port of the server
+	Token    string // as the server wrote it; needed for the first time only
+	Identity Identity
+	Dir      string // keeps certificate and key
+}
+
+// Join returns the member that Dir holds, or joins the fleet if Dir holds none
+// for this identity, or one that ends within a third of its life. While there is a
+// certificate that is still good, a server that cannot be reached is no error.
+func Join(ctx context.Context, o JoinOptions) (*Member, error) {
+	old, loadErr := loadMember(o)
+	if loadErr == nil && !nearEnd(old.pair.Leaf) {
+		return old, nil
+	}
+	m, err := join(ctx, o)
+	if err != nil && loadErr == nil && time.Now().Before(old.pair.Leaf.NotAfter) {
+		return old, nil
+	}
+	return m, err
+}
+
+func nearEnd(c *x509.Certificate) bool {
+	return time.Now().After(c.NotAfter.Add(-c.NotAfter.Sub(c.NotBefore) / 3))
+}
+
+func memberPaths(o JoinOptions) (certPath, keyPath, caPath string) {
+	role := string(o.Identity.Role)
+	return filepath.Join(o.Dir, role+".crt"), filepath.Join(o.Dir, role+".key"), filepath.Join(o.Dir, "fleet-ca.crt")
+}
+
+func loadMember(o JoinOptions) (*Member, error) {
+	certPath, keyPath, caPath := memberPaths(o)
+	pair, err := loadPair(certPath, keyPath)
+	if err != nil {
+		return nil, err
+	}
+	if id, ok := FromCertificate(pair.Leaf); !ok || id != o.Identity {
+		return nil, fmt.Errorf("%s is for another identity", certPath)
+	}
+	caPEM, err := os.ReadFile(caPath)
+	if err != nil {
+		return nil, err
+	}
+	block, _ := pem.Decode(caPEM)
+	if block == nil {
+		return nil, fmt.Errorf("%s holds no certificate", caPath)
+	}
+	ca, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		return nil, err
+	}
+	if o.Token != "" {
+		// A token of another authority means that the server was made anew.
+		if token, err := ParseToken(o.Token); err == nil && token.CADigest != Digest(ca.Raw) {
+			return nil, fmt.Errorf("%s is of another fleet", certPath)
+		}
+	}
+	pool := x509.NewCertPool()
+	pool.AddCert(ca)
+	return &Member{Identity: o.Identity, pair: pair, pool: pool}, nil
+}
+
+func join(ctx context.Context, o JoinOptions) (*Member, error) {
+	token, err := ParseToken(o.Token)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(o.Dir, 0o700); err != nil {
+		return nil, err
+	}
+	digest, err := hex.DecodeString(token.CADigest)
+	if err != nil {
+		return nil, err
+	}
+	conn, err := grpc.NewClient(o.Server, grpc.WithTransportCredentials(credentials.NewTLS(pinned(digest))))
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close() // nothing was written that could be lost
+
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
+	if err != nil {
+		return nil, err
+	}
+	role := map[Role]nodev1.JoinRequest_Role{RoleNode: nodev1.JoinRequest_NODE, RoleGateway: nodev1.JoinRequest_GATEWAY}[o.Identity.Role]
+	resp, err := nodev1.NewJoinServiceClient(conn).Join(ctx, &nodev1.JoinRequest{
+		Token: token.Secret, Role: role, Id: o.Identity.ID, CertificateRequest: csr,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("join the fleet at %s: %w", o.Server, err)
+	}
+	if Digest(resp.GetCaCertificate()) != token.CADigest {
+		return nil, errors.New("join: the server answered with another authority than the token names")
+	}
+	certPath, keyPath, caPath := memberPaths(o)
+	if err := errors.Join(
+		WriteFile(caPath, encodeCert(resp.GetCaCertificate()), 0o644),
+		writeKey(keyPath, key),
+		WriteFile(certPath, encodeCert(resp.GetCertificate()), 0o644),
+	); err != nil {
+		return nil, err
+	}
+	return loadMember(o)
+}
+
+// pinned trusts a chain that ends in the authority with this digest, and
+// nothing else: the caller has no certificate of it yet.
+func pinned(digest []byte) *tls.Config {
+	return &tls.Config{
+		MinVersion:         tls.VersionTLS13,
+		ServerName:         ServerName,
+		InsecureSkipVerify: true, //nolint:gosec // VerifyConnection below verifies against the pinned authority
+		VerifyConnection: func(state tls.ConnectionState) error {
+			for _, cert := range state.PeerCertificates {
+				sum := sha256.Sum256(cert.Raw)
+				if !bytes.Equal(sum[:], digest) {
+					continue
+				}
+				roots := x509.NewCertPool()
+				roots.AddCert(cert)
+				_, err := state.PeerCertificates[0].Verify(x509.VerifyOptions{Roots: roots, DNSName: ServerName})
+				return err
+			}
+			return errors.New("the server's certificate is not of the fleet that the join token names")
+		},
+	}
+}
