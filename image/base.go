@@ -1,0 +1,133 @@
+package image
+
+import (
+	"archive/tar"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path"
+	"strconv"
+	"strings"
+)
+
+// dpkgOptions leave out what nobody reads in a container (90 MB of 340). They stay in the image as
+// dpkg's configuration, so that an agent's own apt-get install skips it too.
+var dpkgOptions = []string{
+	"path-exclude=/usr/share/man/*",
+	"path-exclude=/usr/share/info/*",
+	"path-exclude=/usr/share/locale/*",
+	"path-include=/usr/share/locale/locale.alias",
+	"path-exclude=/usr/share/doc/*",
+	"path-include=/usr/share/doc/*/copyright",
+	"path-exclude=/usr/share/lintian/*",
+}
+
+// aptOptions stay in the image too: an agent waits for the packages it asked for, not for what
+// they recommend, and never for translations.
+var aptOptions = []string{
+	`Acquire::Languages "none"`,
+	`APT::Install-Recommends "false"`,
+	`Acquire::Retries "3"`,
+}
+
+// dropped is what differs between builds, belongs to the machine that built the image, or is made
+// anew by the container's runtime. Folders stay (empty), except in dev.
+func dropped(name string, h *tar.Header) bool {
+	dir := h.Typeflag == tar.TypeDir
+	switch {
+	case strings.HasPrefix(name, "dev/"):
+		return true
+	case dir:
+		return false
+	case name == "etc/machine-id", name == "etc/hostname", name == "etc/resolv.conf",
+		name == "var/lib/dbus/machine-id", name == "var/lib/systemd/random-seed",
+		name == "etc/.pwd.lock", strings.HasSuffix(name, "-old") && strings.HasPrefix(name, "var/"):
+		return true
+	}
+	for _, prefix := range []string{
+		"var/log/", "var/cache/ldconfig/", "var/cache/apt/", "var/lib/apt/lists/", "tmp/", "run/", "var/tmp/",
+	} {
+		if strings.HasPrefix(name, prefix) {
+			return true
+		}
+	}
+	return false
+}
+
+func baseKey(o BuildOptions) string {
+	return cacheKey("base", sources("base.go", "layer.go"), Suite, Packages, dpkgOptions, aptOptions, o.Mirrors, sourceDate.Unix())
+}
+
+// buildBase runs mmdebstrap and turns its output into a layer while it arrives.
+func buildBase(ctx context.Context, o BuildOptions, tmp, dst string, say func(string)) (*layer, error) {
+	args := []string{
+		"--mode=root", "--variant=minbase", "--format=tar", "--architectures=amd64",
+		"--include=" + strings.Join(Packages, ","),
+	}
+	for _, opt := range dpkgOptions {
+		args = append(args, "--dpkgopt="+opt)
+	}
+	for _, opt := range aptOptions {
+		args = append(args, "--aptopt="+opt)
+	}
+	args = append(args, Suite, "-")
+	args = append(args, o.Mirrors...)
+
+	cmd := exec.CommandContext(ctx, "mmdebstrap", args...)
+	// TMPDIR is on the cache's disk: /tmp is often a nodev tmpfs, which cannot hold a root file system.
+	cmd.Env = append(os.Environ(), "TMPDIR="+tmp, "LC_ALL=C.UTF-8",
+		"SOURCE_DATE_EPOCH="+strconv.FormatInt(sourceDate.Unix(), 10))
+	var built *layer
+	err := run(cmd, say, func(stdout io.Reader) error {
+		var err error
+		built, err = writeLayer(dst, func(tw *tar.Writer) error { return filterBase(stdout, tw) })
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("mmdebstrap: %w", err)
+	}
+	return built, nil
+}
+
+// filterBase copies mmdebstrap's tar, which is sorted by name, without what dropped names.
+func filterBase(r io.Reader, tw *tar.Writer) error {
+	tr := tar.NewReader(r)
+	kept := 0
+	for {
+		h, err := tr.Next()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return err
+		}
+		name := strings.TrimPrefix(path.Clean("/"+h.Name), "/")
+		if name == "" || dropped(name, h) {
+			continue
+		}
+		h.Name = name
+		if h.Typeflag == tar.TypeDir {
+			h.Name += "/"
+		}
+		if h.Typeflag == tar.TypeLink {
+			h.Linkname = strings.TrimPrefix(path.Clean("/"+h.Linkname), "/")
+		}
+		normalise(h)
+		if err := tw.WriteHeader(h); err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+		if _, err := io.Copy(tw, tr); err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+		kept++
+	}
+	if kept == 0 {
+		return errors.New("it wrote no files")
+	}
+	// What follows the end mark is padding; a full pipe would block the writer.
+	_, err := io.Copy(io.Discard, r)
+	return err
+}
