@@ -19,19 +19,23 @@ type Store interface {
 	// Update runs fn in a read-write transaction and returns once it is on
 	// disk. An error from fn rolls back and is returned. fn may run more than
 	// once: it must have no side effects outside the transaction. Returns
-	// fleet.ErrResourceExhausted when the disk is full.
+	// fleet.ErrResourceExhausted when the disk is full; then nothing is written.
+	// A fn that writes nothing gets the revision of what it has read.
 	Update(ctx context.Context, fn func(Tx) error) (Revision, error)
 	// Watch yields every change committed after a revision, in order, until ctx
 	// ends; all changes of one transaction have the same revision. When the
 	// changes right behind `after` are no longer held it yields
 	// fleet.ErrStale once and ends: read everything with View and watch again
-	// from that snapshot's revision.
+	// from that snapshot's revision. After Close it yields fleet.ErrUnavailable
+	// once and ends.
 	Watch(ctx context.Context, after Revision) iter.Seq2[Change, error]
+	// Close waits for what runs. Later calls return fleet.ErrUnavailable.
 	Close() error
 }
 
 // Change says that something was written. Exactly one of the pointers is set
-// for a write; after a removal all are nil and ID says what is gone.
+// for a write; after a removal all are nil and ID says what is gone. Watchers
+// share what the pointers point at: Clone before you change it.
 type Change struct {
 	Revision Revision
 	Kind     Kind
@@ -69,7 +73,8 @@ type ReadTx interface {
 	Request(key string) (Request, error)
 }
 
-// EventsKept is how many lifecycle events of one session are kept.
+// EventsKept is how many lifecycle events of one session are kept at most; fewer
+// where they are large.
 const EventsKept = 1000
 
 // Request remembers an answered create: its fingerprint and the session it made.
@@ -80,7 +85,7 @@ type Request struct {
 	UnixSeconds int64  `json:"unix_seconds"` // of the create; requests are forgotten after a day
 }
 
-// Tx reads and writes. Put sets Revision on what it stores.
+// Tx reads and writes. Put sets Revision on what it is given and stores a copy.
 type Tx interface {
 	ReadTx
 	PutSession(*fleet.Session) error
