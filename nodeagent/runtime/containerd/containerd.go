@@ -42,8 +42,6 @@ const (
 
 const (
 	snapshotter = "overlayfs"
-	// idMapSize is how many uids and gids a container has.
-	idMapSize = 65536
 	// cleanupTimeout bounds what runs after a failure, when the caller's
 	// context may have ended already.
 	cleanupTimeout = 30 * time.Second

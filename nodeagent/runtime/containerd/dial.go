@@ -22,7 +22,7 @@ const dialTimeout = 10 * time.Second
 // Dial implements runtime.Runtime. It asks neither containerd nor the disk: the
 // pinned network namespace is all it needs.
 func (r *Runtime) Dial(ctx context.Context, session string, port uint16) (net.Conn, error) {
-	if !sessionName.MatchString(session) {
+	if !runtime.ValidSession(session) {
 		return nil, fmt.Errorf("%w: session %q", runtime.ErrNotFound, session)
 	}
 	ns, err := os.Open(r.netnsPath(session))

@@ -29,7 +29,7 @@ import (
 // spec.ScratchDir is set and the image stays the same: a restarted session
 // keeps what it installed.
 func (r *Runtime) Ensure(ctx context.Context, spec runtime.Spec, report func(runtime.Progress)) (runtime.Instance, error) {
-	if err := validateSpec(spec); err != nil {
+	if err := runtime.ValidateSpec(spec); err != nil {
 		return runtime.Instance{}, err
 	}
 	if report == nil {
@@ -45,7 +45,7 @@ func (r *Runtime) Ensure(ctx context.Context, spec runtime.Spec, report func(run
 			return runtime.Instance{}, fmt.Errorf("%w: session %s is at generation %d, asked for %d",
 				runtime.ErrStaleGeneration, spec.Session, rec.Spec.Generation, spec.Generation)
 		}
-		if inst.State != runtime.StateExited && sameContainer(rec.Spec, spec) {
+		if inst.State != runtime.StateExited && runtime.SameContainer(rec.Spec, spec) {
 			inst, err = r.adjust(ctx, inst, rec, spec)
 			return inst, classify(err)
 		}
@@ -134,6 +134,7 @@ func (r *Runtime) create(ctx context.Context, spec runtime.Spec, img ctd.Image) 
 	if err := os.MkdirAll(spec.LogDir, 0o700); err != nil {
 		return runtime.Instance{}, err
 	}
+	clock := newStopwatch()
 	rec := record{Spec: spec, ImageDigest: img.Target().Digest.String(), StartedAt: time.Now().UTC()}
 	if err := r.saveRecord(rec); err != nil {
 		return runtime.Instance{}, err
@@ -150,6 +151,8 @@ func (r *Runtime) create(ctx context.Context, spec runtime.Spec, img ctd.Image) 
 	if err != nil {
 		return runtime.Instance{}, err
 	}
+
+	clock.lap("rootfs")
 
 	// The snapshot is not set as the container's own: containerd would mount
 	// it beside the root file system given to NewTask. The label keeps it from
@@ -175,6 +178,8 @@ func (r *Runtime) create(ctx context.Context, spec runtime.Spec, img ctd.Image) 
 		return runtime.Instance{}, err
 	}
 
+	clock.lap("container")
+
 	key := "" // the shim calls LogBinary[0] with key and value of one query parameter
 	if len(r.cfg.LogBinary) > 1 {
 		key = r.cfg.LogBinary[1]
@@ -186,12 +191,14 @@ func (r *Runtime) create(ctx context.Context, spec runtime.Spec, img ctd.Image) 
 	if err != nil {
 		return runtime.Instance{}, startError(err)
 	}
+	clock.lap("task")
 	if err := pinNetns(task.Pid(), r.netnsPath(spec.Session)); err != nil {
 		return runtime.Instance{}, err
 	}
 	if rec.IP, err = r.net.add(ctx, spec.Session, r.netnsPath(spec.Session)); err != nil {
 		return runtime.Instance{}, err
 	}
+	clock.lap("network")
 	hostname := spec.Hostname
 	if hostname == "" {
 		hostname = spec.Session
@@ -207,6 +214,8 @@ func (r *Runtime) create(ctx context.Context, spec runtime.Spec, img ctd.Image) 
 	if err := task.Start(ctx); err != nil {
 		return runtime.Instance{}, startError(err)
 	}
+	clock.lap("start")
+	r.log.Debug("container started", "session", spec.Session, "took", clock)
 	return runtime.Instance{
 		Session: spec.Session, Generation: spec.Generation, ID: c.ID(), State: runtime.StateRunning,
 		PID: int(task.Pid()), ImageDigest: rec.ImageDigest, Spec: spec, StartedAt: rec.StartedAt,
@@ -226,7 +235,7 @@ func startError(err error) error {
 // container's root: the image's layers, idmapped, under a writable layer that
 // is the snapshot's own or in spec.ScratchDir.
 func (r *Runtime) rootfs(ctx context.Context, spec runtime.Spec, img ctd.Image) ([]mount.Mount, error) {
-	ids := []specs.LinuxIDMapping{{ContainerID: 0, HostID: spec.IDBase, Size: idMapSize}}
+	ids := []specs.LinuxIDMapping{{ContainerID: 0, HostID: spec.IDBase, Size: runtime.IDMapSize}}
 	sn := r.client.SnapshotService(snapshotter)
 	if err := sn.Remove(ctx, spec.Session); err != nil && !errdefs.IsNotFound(err) {
 		return nil, fmt.Errorf("removing an old snapshot: %w", err)

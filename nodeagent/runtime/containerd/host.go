@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -138,3 +139,20 @@ func withoutLoopback(conf string) (string, bool) {
 	}
 	return out.String(), found
 }
+
+// stopwatch notes how long the steps of a start took.
+type stopwatch struct {
+	last time.Time
+	laps []slog.Attr
+}
+
+func newStopwatch() *stopwatch { return &stopwatch{last: time.Now()} }
+
+func (s *stopwatch) lap(name string) {
+	now := time.Now()
+	s.laps = append(s.laps, slog.Duration(name, now.Sub(s.last)))
+	s.last = now
+}
+
+// LogValue implements slog.LogValuer.
+func (s *stopwatch) LogValue() slog.Value { return slog.GroupValue(s.laps...) }

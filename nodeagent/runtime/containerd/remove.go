@@ -37,7 +37,7 @@ func (r *Runtime) Kill(ctx context.Context, session string) error {
 // the container refers to it; the record last, because it is how a later call
 // finds what this one left.
 func (r *Runtime) remove(ctx context.Context, session string, grace time.Duration) error {
-	if !sessionName.MatchString(session) {
+	if !runtime.ValidSession(session) {
 		return fmt.Errorf("%w: session %q", runtime.ErrInvalidSpec, session)
 	}
 	if err := r.removeTask(ctx, session, grace); err != nil {
@@ -240,7 +240,7 @@ func (r *Runtime) reconcile(ctx context.Context) error {
 		stale[id] = true
 	}
 	for s := range stale {
-		if live[s] || !sessionName.MatchString(s) {
+		if live[s] || !runtime.ValidSession(s) {
 			continue
 		}
 		r.log.Info("removing what is left of a session without a container", "session", s)

@@ -6,7 +6,6 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -30,8 +29,6 @@ var capabilities = []string{
 
 const (
 	cpuPeriod = 100_000 // microseconds
-	// minMemory is less than what runc itself needs to start anything.
-	minMemory = 16 << 20
 	maxSHM    = 1 << 30
 	// oomScoreAdj makes the kernel pick a session before the machine's daemons.
 	oomScoreAdj = 500
@@ -39,56 +36,6 @@ const (
 	// programs that close every possible descriptor at start.
 	softFiles = 65536
 )
-
-var (
-	sessionName = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$`)
-	envName     = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_.-]*$`)
-	hostName    = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9.-]{0,61}[A-Za-z0-9])?$`)
-)
-
-// validateSpec refuses what cannot run on any machine.
-func validateSpec(s runtime.Spec) error {
-	bad := func(format string, a ...any) error {
-		return fmt.Errorf("%w: %s", runtime.ErrInvalidSpec, fmt.Sprintf(format, a...))
-	}
-	switch {
-	case !sessionName.MatchString(s.Session):
-		return bad("session %q is not a DNS label of at most 40 characters", s.Session)
-	case s.Image == "":
-		return bad("no image given")
-	case s.Hostname != "" && !hostName.MatchString(s.Hostname):
-		return bad("hostname %q", s.Hostname)
-	case s.IDBase < idMapSize:
-		return bad("id base %d would map to the machine's own users; the smallest is %d", s.IDBase, idMapSize)
-	case s.IDBase > 1<<32-1-idMapSize:
-		return bad("id base %d leaves no room for %d ids", s.IDBase, idMapSize)
-	case !filepath.IsAbs(s.LogDir):
-		return bad("log folder %q is not an absolute path", s.LogDir)
-	case s.ScratchDir != "" && !filepath.IsAbs(s.ScratchDir):
-		return bad("scratch folder %q is not an absolute path", s.ScratchDir)
-	case strings.ContainsAny(s.ScratchDir, ",:\\"):
-		return bad("scratch folder %q: overlayfs takes no comma, colon or backslash", s.ScratchDir)
-	case s.WorkingDir != "" && !filepath.IsAbs(s.WorkingDir):
-		return bad("working folder %q is not an absolute path", s.WorkingDir)
-	case s.Resources.CPUMillis < 0 || s.Resources.MemoryBytes < 0 || s.Resources.PIDs < 0:
-		return bad("negative limit")
-	case s.Resources.CPUMillis > 0 && s.Resources.CPUMillis < 10:
-		return bad("CPU limit of %dm is below 10m", s.Resources.CPUMillis)
-	case s.Resources.MemoryBytes > 0 && s.Resources.MemoryBytes < minMemory:
-		return bad("memory limit of %d bytes is below %d MiB", s.Resources.MemoryBytes, minMemory>>20)
-	}
-	for k, v := range s.Env {
-		if !envName.MatchString(k) || strings.ContainsRune(v, 0) {
-			return bad("environment variable %q", k)
-		}
-	}
-	for _, m := range s.Mounts {
-		if !filepath.IsAbs(m.Source) || !filepath.IsAbs(m.Destination) || filepath.Clean(m.Destination) == "/" {
-			return bad("mount of %q at %q: both must be absolute, and not the root", m.Source, m.Destination)
-		}
-	}
-	return nil
-}
 
 // ociSpec says how the container runs. files are the host files to bind over
 // those of the image, by their path in the container.
@@ -119,7 +66,7 @@ func (r *Runtime) ociSpec(ctx context.Context, s runtime.Spec, img ctd.Image, fi
 	if hostname == "" {
 		hostname = s.Session
 	}
-	ids := []specs.LinuxIDMapping{{ContainerID: 0, HostID: s.IDBase, Size: idMapSize}}
+	ids := []specs.LinuxIDMapping{{ContainerID: 0, HostID: s.IDBase, Size: runtime.IDMapSize}}
 
 	opts := []oci.SpecOpts{
 		oci.WithProcessArgs(args...),
@@ -151,7 +98,7 @@ func (r *Runtime) ociSpec(ctx context.Context, s runtime.Spec, img ctd.Image, fi
 				// link-local address that no rule of ours covers. ::1 stays.
 				"net.ipv6.conf.default.disable_ipv6": "1",
 				// ping without CAP_NET_RAW.
-				"net.ipv4.ping_group_range": "0 " + strconv.Itoa(idMapSize-1),
+				"net.ipv4.ping_group_range": "0 " + strconv.Itoa(runtime.IDMapSize-1),
 				// Users inside need no capability to listen on port 80.
 				"net.ipv4.ip_unprivileged_port_start": "0",
 			}

@@ -5,10 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"maps"
 	"os"
 	"path/filepath"
-	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -87,27 +85,6 @@ func writeFileAtomic(path string, data []byte) (err error) {
 		err = os.Rename(f.Name(), path)
 	}
 	return err
-}
-
-// sameContainer says whether b can be had from a's container without a new
-// process: whether they differ in generation and resources at most.
-func sameContainer(a, b runtime.Spec) bool {
-	norm := func(s runtime.Spec) runtime.Spec {
-		s.Generation, s.Resources = 0, runtime.Resources{}
-		s.Env = maps.Clone(s.Env)
-		if len(s.Env) == 0 {
-			s.Env = nil
-		}
-		s.Args, s.Mounts = slices.Clip(s.Args), slices.Clip(s.Mounts)
-		if len(s.Args) == 0 {
-			s.Args = nil
-		}
-		if len(s.Mounts) == 0 {
-			s.Mounts = nil
-		}
-		return s
-	}
-	return reflect.DeepEqual(norm(a), norm(b))
 }
 
 // keyedMutex is a mutex per session. Its zero value is ready.
