@@ -29,6 +29,7 @@ const (
 	ReasonNoMatchingNode  = "NO_MATCHING_NODE" // none has the labels asked for
 	ReasonTooLarge        = "NODE_TOO_SMALL"   // no node is as large as the limits asked for
 	ReasonNodeUnreachable = "NODE_UNREACHABLE"
+	ReasonNodeReturned    = "NODE_RETURNED" // after it was unreachable; its report is awaited
 	ReasonHeartbeatMissed = "HEARTBEAT_MISSED"
 )
 
