@@ -239,13 +239,14 @@ func (b *builder) buildLayer(ctx context.Context, s step) (*layer, error) {
 	if err := os.Chmod(tmp, 0o755); err != nil {
 		return nil, err
 	}
+	start := time.Now()
 	b.say(s.phase, describe[s.phase])
 	dst := filepath.Join(tmp, "layer.tar.zst")
 	l, err := s.build(ctx, tmp, dst, func(line string) { b.say(s.phase, line) })
 	if err != nil {
 		return nil, err
 	}
-	l.Key, l.Name = s.key, string(s.phase)
+	l.Key, l.Name, l.took = s.key, string(s.phase), time.Since(start)
 	if err := b.cache.store(l); err != nil {
 		return nil, err
 	}

