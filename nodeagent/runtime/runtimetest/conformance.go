@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -17,9 +18,11 @@ import (
 
 // Fixture is what the suite needs to know about where it runs.
 type Fixture struct {
-	// Spec returns a spec that runs on this runtime, with everything but Args
-	// set: arguments are words of the helper in this package's image.
+	// Spec returns a spec that runs on this runtime, with everything but Args set.
 	Spec func(session string) runtime.Spec
+	// Command comes before the words of the helper in this package's image:
+	// its path, or nothing where words are understood as they are.
+	Command []string
 	// Archive is the content of an image archive that ImportImage takes.
 	Archive func(t *testing.T) io.Reader
 }
@@ -85,8 +88,12 @@ func (s *suite) spec(t *testing.T, session string, args ...string) runtime.Spec 
 		}
 	})
 	spec := s.fx.Spec(session)
-	spec.Args = args
+	spec.Args = s.args(args...)
 	return spec
+}
+
+func (s *suite) args(words ...string) []string {
+	return append(slices.Clone(s.fx.Command), words...)
 }
 
 func (s *suite) ensure(t *testing.T, spec runtime.Spec) runtime.Instance {
@@ -251,7 +258,7 @@ func testExit(t *testing.T, s *suite) {
 		t.Errorf("List: %+v", l)
 	}
 	wantErr(t, "Pause of what has exited", s.rt.Pause(testCtx(t), "exits"), runtime.ErrNotFound)
-	spec.Args = []string{"serve", "8080"}
+	spec.Args = s.args("serve", "8080")
 	s.ensure(t, spec)
 }
 
