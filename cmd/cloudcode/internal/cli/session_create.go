@@ -1,0 +1,202 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/spf13/cobra"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	cloudcodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/v1"
+)
+
+func newSessionCreateCmd() *cobra.Command {
+	var spec specFlags
+	var wait, noWait bool
+	var timeout time.Duration
+	var requestID string
+	cmd := &cobra.Command{
+		Use:   "create [ID]",
+		Short: "Create a session",
+		Long: `Create a session. Without an ID it gets a generated one; an ID is a DNS label of
+at most 40 characters without "--", because it becomes a host name.
+
+The command returns as soon as the server has stored the session, which then
+starts; with --wait it shows how far that is, and returns when OpenCode answers.`,
+		Example: `  cloudcode session create main --wait
+  cloudcode session create --cpu 2 --memory 4Gi --env OPENAI_API_KEY --label team=web
+  cloudcode session create review --opencode-config opencode.json`,
+		Args: args(cobra.MaximumNArgs(1)),
+		RunE: func(cmd *cobra.Command, a []string) error {
+			session, err := spec.spec(cmd.InOrStdin())
+			if err != nil {
+				return err
+			}
+			req := &cloudcodev1.CreateSessionRequest{Session: session, RequestId: requestID}
+			if len(a) == 1 {
+				name, err := sessionName(a[0])
+				if err != nil {
+					return err
+				}
+				req.SessionId = idOf(name)
+			}
+			if timeout <= 0 {
+				return usagef("--timeout %s: want more than 0", timeout)
+			}
+			return withClient(cmd, func(c *client) error {
+				s, err := c.createSession(cmd.Context(), req)
+				if err != nil {
+					return err
+				}
+				if !wait || noWait {
+					return printCreated(cmd, s)
+				}
+				return c.waitAndPrint(cmd, s, timeout)
+			})
+		},
+	}
+	spec.register(cmd, "")
+	f := cmd.Flags()
+	f.BoolVarP(&wait, "wait", "w", false, "show the start and return when the session is ready")
+	f.BoolVar(&noWait, "no-wait", false, "return at once, whatever $CLOUDCODE_WAIT says (the default)")
+	f.DurationVar(&timeout, "timeout", 10*time.Minute, "how long --wait waits")
+	f.StringVar(&requestID, "request-id", "", "a `UUID`; repeating a create with the same one makes no second session (default: a new one)")
+	SetEnvName(f, "no-wait", "")
+	return cmd
+}
+
+// createSession creates, and tries again when the answer was lost: the request
+// id makes that safe.
+func (c *client) createSession(ctx context.Context, req *cloudcodev1.CreateSessionRequest) (*cloudcodev1.Session, error) {
+	if req.RequestId == "" {
+		req.RequestId = uuid.NewString()
+	}
+	pause := c.pace.minPause
+	for attempt := 1; ; attempt++ {
+		rctx, cancel := c.request(ctx)
+		s, err := c.sessions.CreateSession(rctx, req)
+		cancel()
+		// A connection that was never there is said at once.
+		if err == nil || attempt == 3 || status.Code(err) != codes.Unavailable || c.tls.last() != nil ||
+			strings.Contains(err.Error(), "while dialing") {
+			return s, err
+		}
+		if err := sleep(ctx, pause); err != nil {
+			return nil, err
+		}
+		pause = min(2*pause, c.pace.maxPause)
+	}
+}
+
+// printCreated prints a session that is not waited for.
+func printCreated(cmd *cobra.Command, s *cloudcodev1.Session) error {
+	if o := outputOf(cmd); o != formatTable {
+		return printSession(cmd, s)
+	}
+	id := idOf(s.GetName())
+	if _, err := fmt.Fprintf(cmd.OutOrStdout(), "session %s created\n", id); err != nil {
+		return err
+	}
+	w := cmd.ErrOrStderr()
+	fmt.Fprintf(w, "  see it:   cloudcode session get %s\n", id)
+	fmt.Fprintf(w, "  open it:  cloudcode session open %s\n", id)
+	return nil
+}
+
+// waitAndPrint waits until s is ready, showing how it starts.
+func (c *client) waitAndPrint(cmd *cobra.Command, s *cloudcodev1.Session, timeout time.Duration) error {
+	var view *startView
+	if outputOf(cmd) == formatTable || screenOf(cmd.ErrOrStderr()) != nil {
+		view = newStartView(cmd.ErrOrStderr(), now)
+	} else {
+		view = newStartView(io.Discard, now)
+	}
+	s, err := c.waitReady(cmd.Context(), s, timeout, view)
+	if err != nil {
+		view.finish(false)
+		return err
+	}
+	if outputOf(cmd) != formatTable {
+		return printSession(cmd, s)
+	}
+	return printReady(cmd.OutOrStdout(), s)
+}
+
+func printReady(w io.Writer, s *cloudcodev1.Session) error {
+	if _, err := fmt.Fprintf(w, "session %s is ready\n", idOf(s.GetName())); err != nil {
+		return err
+	}
+	if s.GetWebUri() == "" {
+		return nil
+	}
+	return printFields(w, []field{{"  web", s.GetWebUri()}, {"  attach", attachLine(s)}})
+}
+
+// attachLine is a command line that joins the session from a terminal. The
+// password is left to the shell: it must not end up in a history or a log.
+func attachLine(s *cloudcodev1.Session) string {
+	line := "opencode attach " + s.GetWebUri()
+	if os.Getenv("SERVER_PASSWORD") != "" {
+		if os.Getenv("SERVER_USERNAME") != "" {
+			line += ` -u "$SERVER_USERNAME"`
+		}
+		line += ` -p "$SERVER_PASSWORD"`
+	}
+	return line
+}
+
+// waitReady returns the session once it is RUNNING, or why it will not be.
+func (c *client) waitReady(ctx context.Context, s *cloudcodev1.Session, timeout time.Duration, view *startView) (*cloudcodev1.Session, error) {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	last, id := s, idOf(s.GetName())
+	tick := view.tick
+	if view.scr == nil {
+		tick = nil
+	}
+	err := c.observe(ctx, s, func(s *cloudcodev1.Session) (bool, error) {
+		if s == nil {
+			return false, &Error{Code: "NOT_FOUND", Reason: "DELETED", Msg: "session " + id + " was deleted while it started", Exit: exitFailed}
+		}
+		last = s
+		view.show(s)
+		switch s.GetState() {
+		case cloudcodev1.Session_RUNNING:
+			return true, nil
+		case cloudcodev1.Session_FAILED, cloudcodev1.Session_LOST, cloudcodev1.Session_DELETING:
+			return false, startFailed(s)
+		}
+		return false, nil
+	}, tick)
+	if errors.Is(err, context.DeadlineExceeded) {
+		return last, timedOut(last, "is not ready after "+timeout.String(),
+			"it goes on starting; look again with `cloudcode session get "+id+"`, or see `cloudcode session logs "+id+"`")
+	}
+	if errors.Is(err, context.Canceled) {
+		return last, &Error{
+			Code: "CANCELLED", Msg: "interrupted; session " + id + " goes on starting", Exit: exitInterrupted, Err: err,
+			Hint: "remove it with `cloudcode session delete " + id + "`",
+		}
+	}
+	return last, err
+}
+
+// startFailed says why a session that was waited for is not ready.
+func startFailed(s *cloudcodev1.Session) error {
+	id := idOf(s.GetName())
+	e := &Error{Code: "FAILED", Reason: s.GetReason(), Exit: exitFailed, Msg: "session " + id + " is " + s.GetState().String()}
+	if w := why(s); w != "" {
+		e.Msg += ": " + w
+	}
+	if e.Hint = reasonHints[s.GetReason()]; e.Hint == "" && s.GetNode() != "" {
+		e.Hint = "see `cloudcode session logs " + id + "`"
+	}
+	return e
+}
