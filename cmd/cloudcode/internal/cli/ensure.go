@@ -1,0 +1,40 @@
+package cli
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	cloudcodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/v1"
+)
+
+// EnsureSession creates a session on the server of this machine unless there is
+// one of that id, and shows how it starts. How the start ends is shown, too, and
+// is no error: the session is tried again by itself.
+func EnsureSession(cmd *cobra.Command, id string, timeout time.Duration) error {
+	return withClient(cmd, func(c *client) error {
+		name, err := sessionName(id)
+		if err != nil {
+			return err
+		}
+		ctx := cmd.Context()
+		rctx, cancel := c.request(ctx)
+		s, err := c.sessions.GetSession(rctx, &cloudcodev1.GetSessionRequest{Name: name})
+		cancel()
+		if status.Code(err) == codes.NotFound {
+			s, err = c.createSession(ctx, &cloudcodev1.CreateSessionRequest{SessionId: id, Session: &cloudcodev1.Session{Spec: &cloudcodev1.SessionSpec{}}})
+		}
+		if err != nil {
+			return err
+		}
+		view := newStartView(cmd.OutOrStdout(), now)
+		if _, err := c.waitReady(ctx, s, timeout, view); err != nil && ctx.Err() == nil {
+			view.finish(false)
+			fmt.Fprintf(cmd.ErrOrStderr(), "session %s: %v\n", id, c.explain(err))
+		}
+		return ctx.Err()
+	})
+}

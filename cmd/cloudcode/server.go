@@ -1,0 +1,72 @@
+package main
+
+import (
+	"context"
+	"log/slog"
+
+	"github.com/spf13/cobra"
+
+	"github.com/cloudcode-dev/cloudcode/cmd/cloudcode/internal/cli"
+	"github.com/cloudcode-dev/cloudcode/image"
+	"github.com/cloudcode-dev/cloudcode/server"
+)
+
+const defaultGRPCListen = "127.0.0.1:7443"
+
+// serverFlags are the flags of every command that runs a server.
+type serverFlags struct {
+	grpcListen, defaultImage string
+	advertise                []string
+}
+
+func (f *serverFlags) add(cmd *cobra.Command) {
+	fl := cmd.Flags()
+	fl.StringVar(&f.grpcListen, "grpc-listen", defaultGRPCListen, "address of the gRPC listener, for clients, nodes and gateways")
+	fl.StringVar(&f.defaultImage, "image", image.DefaultRef, "image of sessions that name none")
+	fl.StringSliceVar(&f.advertise, "advertise", nil, "further name or address of this server, for its certificate; can be repeated")
+}
+
+func (f *serverFlags) start(ctx context.Context, dataDir string, allowAnonymous bool, log *slog.Logger) (*server.Server, error) {
+	username, password := credentialsFromEnv()
+	s, err := server.New(server.Config{
+		DataDir: dataDir, GRPCListen: f.grpcListen, DefaultImage: f.defaultImage, AdvertiseHosts: f.advertise,
+		Username: username, Password: password, AllowAnonymous: allowAnonymous, Logger: log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return s, s.Start(ctx)
+}
+
+func newServerCmd() *cobra.Command {
+	var f serverFlags
+	var allowAnonymous bool
+	cmd := &cobra.Command{
+		Use:   "server",
+		Short: "Run the server: it keeps the fleet's state and places sessions",
+		Long: `Run the server. At first start it makes the fleet's certificate authority and
+join token (pki/ below the data directory) and an admin token (server/token),
+which the command line on this machine uses by itself.
+
+Basic credentials are taken from SERVER_USERNAME and SERVER_PASSWORD. Without a
+password nothing is asked for, and only loopback may be listened on.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			dataDir, err := absDataDir(cmd)
+			if err != nil {
+				return err
+			}
+			log := cli.Logger(cmd, slog.LevelInfo)
+			s, err := f.start(cmd.Context(), dataDir, allowAnonymous, log)
+			if err != nil {
+				return err
+			}
+			log.Info("server runs", "address", s.Addr())
+			<-cmd.Context().Done()
+			return stopBounded(cmd.Context(), s.Stop)
+		},
+	}
+	f.add(cmd)
+	cmd.Flags().BoolVar(&allowAnonymous, "allow-anonymous", false, "listen on addresses other than loopback although no SERVER_PASSWORD is set")
+	return cmd
+}

@@ -1,0 +1,104 @@
+package nodeagent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/cloudcode-dev/cloudcode/internal/pki"
+	"github.com/cloudcode-dev/cloudcode/nodeagent/runtime"
+	"github.com/cloudcode-dev/cloudcode/nodeagent/runtime/containerd"
+	"github.com/cloudcode-dev/cloudcode/nodeagent/volume"
+	"github.com/cloudcode-dev/cloudcode/nodeagent/worker"
+)
+
+// ContainerdAddressFile, in the node's directory, names the socket of the
+// containerd that the node uses, for the CLI.
+const ContainerdAddressFile = "containerd.address"
+
+// backend is what the daemon runs sessions with. This file is the only one that
+// knows which.
+type backend struct {
+	runtime runtime.Runtime
+	volumes worker.Volumes
+	version string
+
+	containerd *containerd.Runtime // nil when the runtime was given
+	manager    *volume.Manager     // likewise
+	daemon     *containerd.Daemon  // nil unless containerd is private
+	dir        string
+}
+
+func startBackend(ctx context.Context, cfg Config, log *slog.Logger) (b *backend, err error) {
+	if cfg.Runtime != nil {
+		return &backend{runtime: cfg.Runtime, volumes: cfg.Volumes}, nil
+	}
+	b = &backend{dir: cfg.Dir}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, b.close())
+		}
+	}()
+	address := cfg.ContainerdAddress
+	if address == "" {
+		b.daemon, err = containerd.StartDaemon(ctx, containerd.DaemonConfig{
+			BinDir: cfg.LibexecDir, Dir: filepath.Join(cfg.Dir, "containerd"), Logger: log,
+		})
+		if err != nil {
+			return nil, fmt.Errorf("start containerd: %w", err)
+		}
+		address = b.daemon.Address()
+	}
+	b.containerd, err = containerd.New(ctx, containerd.Config{
+		Address: address, StateDir: filepath.Join(cfg.Dir, "runtime"),
+		CNIBinDir:  filepath.Join(cfg.LibexecDir, "cni"),
+		BridgeName: cfg.BridgeName, Subnet: cfg.Subnet,
+		LogBinary: []string{cfg.Executable, "container-log"}, Logger: log,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("use containerd at %s: %w", address, err)
+	}
+	b.runtime = b.containerd
+	b.manager = &volume.Manager{Dir: filepath.Join(cfg.Dir, "volumes")}
+	b.volumes = b.manager
+	return b, pki.WriteFile(filepath.Join(cfg.Dir, ContainerdAddressFile), []byte(address+"\n"), 0o644)
+}
+
+// close lets go of everything; it all goes on running.
+func (b *backend) close() error {
+	var errs []error
+	if b.runtime != nil {
+		errs = append(errs, b.runtime.Close())
+	}
+	if b.daemon != nil {
+		errs = append(errs, b.daemon.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// teardown ends containers and removes what was made on this machine, but no
+// session's files.
+func (b *backend) teardown(ctx context.Context, progress func(string)) error {
+	instances, err := b.runtime.List(ctx)
+	errs := []error{err}
+	for _, i := range instances {
+		progress("stopping session " + i.Session)
+		errs = append(errs, b.runtime.Stop(ctx, i.Session, 10*time.Second))
+	}
+	if b.containerd != nil {
+		progress("removing the containers' network")
+		errs = append(errs, b.containerd.Cleanup(ctx))
+	}
+	if b.manager != nil {
+		errs = append(errs, b.manager.UnmountAll(ctx))
+	}
+	if b.daemon != nil {
+		progress("stopping containerd")
+		errs = append(errs, b.daemon.Stop(ctx), os.Remove(filepath.Join(b.dir, ContainerdAddressFile)))
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,162 @@
+package nodeagent
+
+import (
+	"context"
+	"errors"
+	"net"
+	"syscall"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/cloudcode-dev/cloudcode/internal/grpcerr"
+	"github.com/cloudcode-dev/cloudcode/nodeagent/ring"
+	"github.com/cloudcode-dev/cloudcode/nodeagent/runtime"
+	"github.com/cloudcode-dev/cloudcode/nodeagent/runtime/containerd/logger"
+	linkv1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/link/v1"
+	nodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/node/v1"
+	cloudcodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/v1"
+)
+
+// Bounds of one message of a stream.
+const (
+	eventBatch      = 256
+	eventBatchBytes = 512 << 10
+	logBatch        = 512
+)
+
+// service is what the node offers over the link.
+type service struct {
+	nodev1.UnimplementedAgentServiceServer
+	agent *Agent
+}
+
+func (s *service) WatchEvents(req *nodev1.WatchEventsRequest, stream grpc.ServerStreamingServer[nodev1.WatchEventsResponse]) error {
+	ctx := stream.Context()
+	w, ok := s.agent.worker(req.GetSessionId())
+	if !ok {
+		return grpcerr.New(codes.NotFound, "SESSION_NOT_HERE", "session %s is not on this node", req.GetSessionId())
+	}
+	events := w.Events()
+	p := events.Position(req.GetAfter())
+	position := func(p ring.Position) error {
+		generation := w.Assignment().GetGeneration()
+		if req.GetGeneration() > generation {
+			generation = req.GetGeneration() // the assignment is still on its way here
+		}
+		return stream.Send(&nodev1.WatchEventsResponse{Update: &nodev1.WatchEventsResponse_Position{Position: &nodev1.RingPosition{
+			First: p.First, Last: p.Last, Gap: p.Gap, Generation: generation,
+		}}})
+	}
+	if err := position(p); err != nil {
+		return err
+	}
+	// The stream ends with the session on this node.
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() { // ends with ctx, which ends when we return
+		select {
+		case <-w.Done():
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	for next := p.First; ; {
+		batch, lost, err := events.Read(ctx, next, eventBatch)
+		if err != nil {
+			if stream.Context().Err() == nil {
+				return grpcerr.New(codes.NotFound, "SESSION_NOT_HERE", "session %s is no longer on this node", req.GetSessionId())
+			}
+			return err
+		}
+		if lost {
+			p := events.Position(0)
+			if len(batch) > 0 {
+				p.First = batch[0].Sequence
+			}
+			p.Gap = true
+			next = p.First
+			if err := position(p); err != nil {
+				return err
+			}
+		}
+		for len(batch) > 0 {
+			msg, n := &nodev1.RingEvents{}, 0
+			for size := 0; n < len(batch) && (n == 0 || size+len(batch[n].Frame) < eventBatchBytes); n++ {
+				e := batch[n]
+				size += len(e.Frame)
+				msg.Events = append(msg.Events, &nodev1.RingEvent{
+					Sequence: e.Sequence, Time: timestamppb.New(e.Time), Type: e.Type, Directory: e.Directory, Frame: e.Frame,
+				})
+			}
+			next, batch = batch[n-1].Sequence+1, batch[n:]
+			if err := stream.Send(&nodev1.WatchEventsResponse{Update: &nodev1.WatchEventsResponse_Events{Events: msg}}); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+func (s *service) ReadLogs(req *nodev1.ReadLogsRequest, stream grpc.ServerStreamingServer[nodev1.ReadLogsResponse]) error {
+	if _, ok := s.agent.worker(req.GetSessionId()); !ok {
+		return grpcerr.New(codes.NotFound, "SESSION_NOT_HERE", "session %s is not on this node", req.GetSessionId())
+	}
+	var batch []*cloudcodev1.LogEntry
+	flush := func() error {
+		if len(batch) == 0 {
+			return nil
+		}
+		err := stream.Send(&nodev1.ReadLogsResponse{Entries: batch})
+		batch = nil
+		return err
+	}
+	options := logger.ReadOptions{Follow: req.GetFollow(), TailLines: int(req.GetTailLines())}
+	for line, err := range logger.Read(stream.Context(), s.agent.logDir(req.GetSessionId()), options) {
+		if err != nil {
+			return errors.Join(flush(), err)
+		}
+		batch = append(batch, &cloudcodev1.LogEntry{Time: timestamppb.New(line.Time), Stream: line.Stream, Line: line.Text})
+		if len(batch) >= logBatch || req.GetFollow() {
+			if err := flush(); err != nil {
+				return err
+			}
+		}
+	}
+	return flush()
+}
+
+// dialTarget is what the link asks for.
+func (a *Agent) dialTarget(ctx context.Context, target *linkv1.Target) (net.Conn, error) {
+	switch kind := target.GetKind().(type) {
+	case *linkv1.Target_Agent:
+		return a.local.DialContext(ctx)
+	case *linkv1.Target_Session:
+		t := kind.Session
+		w, ok := a.worker(t.GetSessionId())
+		if !ok {
+			return nil, grpcerr.New(codes.NotFound, "SESSION_NOT_HERE", "session %s is not on this node", t.GetSessionId())
+		}
+		if t.GetPort() == 0 || t.GetPort() > 65535 {
+			return nil, grpcerr.New(codes.InvalidArgument, "INVALID_PORT", "there is no port %d", t.GetPort())
+		}
+		dctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+		defer cancel()
+		conn, err := w.Dial(dctx, t.GetGeneration(), uint16(t.GetPort()))
+		switch {
+		case err == nil:
+			return conn, nil
+		case errors.Is(err, runtime.ErrStaleGeneration):
+			return nil, grpcerr.New(codes.FailedPrecondition, "STALE_GENERATION", "%v", err)
+		case errors.Is(err, runtime.ErrNotFound):
+			return nil, grpcerr.New(codes.Unavailable, "SESSION_NOT_RUNNING", "%v", err)
+		case errors.Is(err, syscall.ECONNREFUSED):
+			return nil, grpcerr.New(codes.Unavailable, "PORT_CLOSED", "nothing listens on port %d in session %s", t.GetPort(), t.GetSessionId())
+		default:
+			return nil, grpcerr.New(codes.Unavailable, "DIAL_FAILED", "port %d of session %s: %v", t.GetPort(), t.GetSessionId(), err)
+		}
+	default:
+		return nil, grpcerr.New(codes.Unimplemented, "UNKNOWN_TARGET", "this node daemon does not know the target that was asked for: upgrade it")
+	}
+}

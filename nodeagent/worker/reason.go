@@ -1,0 +1,100 @@
+package worker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/docker/go-units"
+
+	"github.com/cloudcode-dev/cloudcode/nodeagent/runtime"
+	nodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/node/v1"
+)
+
+// Reasons that a node gives. They are part of the API: never rename one.
+const (
+	ReasonOOMKilled          = "OOM_KILLED"
+	ReasonExited             = "OPENCODE_EXITED"
+	ReasonNotReady           = "OPENCODE_NOT_READY"
+	ReasonUnresponsive       = "OPENCODE_UNRESPONSIVE"
+	ReasonImageNotFound      = "IMAGE_NOT_FOUND"
+	ReasonImagePull          = "IMAGE_PULL_FAILED"
+	ReasonInvalidSpec        = "INVALID_SPEC"
+	ReasonDiskFull           = "NODE_DISK_FULL"
+	ReasonRuntimeUnavailable = "CONTAINERD_UNAVAILABLE"
+	ReasonStartFailed        = "START_FAILED"
+	ReasonDeleteFailed       = "DELETE_FAILED"
+)
+
+var errNotReady = errors.New("OpenCode did not answer")
+
+// exitError says that the container ended by itself.
+type exitError struct {
+	exit  runtime.Exit
+	limit int64 // bytes of memory; 0 if there is none
+}
+
+func (e *exitError) Error() string {
+	if !e.exit.OOMKilled {
+		return fmt.Sprintf("OpenCode exited with code %d", e.exit.Code)
+	}
+	if e.limit == 0 {
+		return "the container was killed because the node ran out of memory"
+	}
+	return fmt.Sprintf("the container was killed because it needed more memory than its limit of %s", units.BytesSize(float64(e.limit)))
+}
+
+// classify turns an error into a reason, what to do about it, and whether trying
+// again cannot help until somebody has done that.
+func classify(err error) (reason, advice string, permanent bool) {
+	var exit *exitError
+	switch {
+	case errors.As(err, &exit) && exit.exit.OOMKilled:
+		return ReasonOOMKilled, "raise the session's memory limit (cloudcode session update --memory)", false
+	case errors.As(err, &exit):
+		return ReasonExited, "cloudcode session logs shows why", false
+	case errors.Is(err, errNotReady):
+		return ReasonNotReady, "cloudcode session logs shows why", false
+	case errors.Is(err, runtime.ErrImageNotFound):
+		return ReasonImageNotFound, "", true
+	case errors.Is(err, runtime.ErrImagePull):
+		return ReasonImagePull, "", false
+	case errors.Is(err, runtime.ErrInvalidSpec):
+		return ReasonInvalidSpec, "change the session's spec", true
+	case errors.Is(err, runtime.ErrNoSpace):
+		return ReasonDiskFull, "free space on the node", true
+	case errors.Is(err, runtime.ErrUnavailable):
+		return ReasonRuntimeUnavailable, "see the node daemon's log", false
+	default:
+		return ReasonStartFailed, "", false
+	}
+}
+
+// failed reports an error of an attempt to bring the session to its assignment.
+func (w *Worker) failed(a *nodev1.Assignment, err error, failures int) {
+	wait := backoff(failures, err)
+	w.log.Warn("session is not as assigned", "error", err, "failures", failures, "retry_in", wait)
+	if a == nil {
+		return
+	}
+	reason, advice, permanent := classify(err)
+	message := err.Error()
+	if errors.Is(err, context.DeadlineExceeded) && reason == ReasonStartFailed {
+		message = "timed out: " + message
+	}
+	if advice != "" {
+		message += "; " + advice
+	}
+	w.report(a, func(s *nodev1.SessionStatus) {
+		s.State = nodev1.SessionStatus_STARTING
+		if permanent || failures >= failedAfter {
+			s.State = nodev1.SessionStatus_FAILED
+		}
+		if a.GetDesiredState() == nodev1.Assignment_DELETE {
+			reason = ReasonDeleteFailed
+		}
+		s.Reason = reason
+		s.Message = fmt.Sprintf("%s (try %d; next in %v)", message, failures, wait)
+		s.ReadyTime = nil
+	})
+}
