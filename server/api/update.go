@@ -1,0 +1,173 @@
+package api
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/types/known/fieldmaskpb"
+
+	"github.com/cloudcode-dev/cloudcode/internal/grpcerr"
+	cloudcodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/v1"
+	"github.com/cloudcode-dev/cloudcode/server/fleet"
+	"github.com/cloudcode-dev/cloudcode/server/protoconv"
+	"github.com/cloudcode-dev/cloudcode/server/store"
+)
+
+// wanted is what a user can set.
+type wanted struct {
+	labels map[string]string
+	spec   fleet.Spec
+}
+
+// fields are the paths that an update mask can name; each copies one field.
+var fields = map[string]func(dst, src *wanted){
+	"labels":                      func(d, s *wanted) { d.labels = s.labels },
+	"spec.image":                  func(d, s *wanted) { d.spec.Image = s.spec.Image },
+	"spec.env":                    func(d, s *wanted) { d.spec.Env = s.spec.Env },
+	"spec.opencode_config":        func(d, s *wanted) { d.spec.OpenCodeConfig = s.spec.OpenCodeConfig },
+	"spec.resources.cpu_millis":   func(d, s *wanted) { d.spec.Resources.CPUMillis = s.spec.Resources.CPUMillis },
+	"spec.resources.memory_bytes": func(d, s *wanted) { d.spec.Resources.MemoryBytes = s.spec.Resources.MemoryBytes },
+	"spec.resources.pids":         func(d, s *wanted) { d.spec.Resources.PIDs = s.spec.Resources.PIDs },
+	"spec.resources.disk_bytes":   func(d, s *wanted) { d.spec.Resources.DiskBytes = s.spec.Resources.DiskBytes },
+	"spec.node_selector":          func(d, s *wanted) { d.spec.NodeSelector = s.spec.NodeSelector },
+}
+
+// carriers are fields of the request that say which session is meant. HTTP
+// clients have them in the body, and so in the mask.
+var carriers = []string{"name", "etag"}
+
+// maskFields returns the fields that a mask names.
+func maskFields(v *violations, mask *fieldmaskpb.FieldMask, sess *cloudcodev1.Session) []string {
+	paths := mask.GetPaths()
+	if len(paths) == 0 {
+		return setFields(sess)
+	}
+	var out []string
+	for _, path := range paths {
+		switch {
+		case path == "*":
+			if len(paths) > 1 {
+				v.add("update_mask", "`*` must stand alone")
+			}
+			out = append(out, slices.Sorted(maps.Keys(fields))...)
+			continue
+		case slices.Contains(carriers, path):
+			continue
+		}
+		found := false
+		for field := range fields {
+			if field == path || strings.HasPrefix(field, path+".") {
+				out, found = append(out, field), true
+			}
+		}
+		switch {
+		case found:
+		case outputOnly(path):
+			v.add("update_mask", fmt.Sprintf("%q is derived and cannot be set", path))
+		default:
+			v.add("update_mask", fmt.Sprintf("there is no field %q; those that can be set are %s", path, strings.Join(slices.Sorted(maps.Keys(fields)), ", ")))
+		}
+	}
+	return out
+}
+
+// outputOnly says whether a path begins with a field of the session that cannot
+// be set.
+func outputOnly(path string) bool {
+	first, _, _ := strings.Cut(path, ".")
+	known := (&cloudcodev1.Session{}).ProtoReflect().Descriptor().Fields()
+	return first != "labels" && first != "spec" && known.ByName(protoreflect.Name(first)) != nil
+}
+
+// setFields returns the fields that are set in a session.
+func setFields(sess *cloudcodev1.Session) []string {
+	src := fromProto(sess)
+	var out []string
+	for field, copyField := range fields {
+		var dst wanted
+		copyField(&dst, &src)
+		if len(dst.labels) > 0 || !dst.spec.Equal(fleet.Spec{}) {
+			out = append(out, field)
+		}
+	}
+	return out
+}
+
+func fromProto(sess *cloudcodev1.Session) wanted {
+	return wanted{labels: protoconv.Map(sess.GetLabels()), spec: protoconv.SpecFromProto(sess.GetSpec())}
+}
+
+// UpdateSession implements SessionService.
+func (s *Sessions) UpdateSession(ctx context.Context, req *cloudcodev1.UpdateSessionRequest) (*cloudcodev1.Session, error) {
+	var v violations
+	id := resourceID(&v, "session.name", "sessions", req.GetSession().GetName())
+	chosen := maskFields(&v, req.GetUpdateMask(), req.GetSession())
+	if err := v.err(); err != nil {
+		return nil, err
+	}
+	src := fromProto(req.GetSession())
+	var sess *fleet.Session
+	_, err := s.config.Store.Update(ctx, func(tx store.Tx) (err error) {
+		sess, err = readSession(tx, id)
+		if err != nil {
+			return err
+		}
+		if err := checkEtag(sess, req.GetSession().GetEtag()); err != nil {
+			return err
+		}
+		if sess.Deleting {
+			return grpcerr.New(codes.FailedPrecondition, reasonDeleting, "session %q is being deleted: it cannot be changed any more", id)
+		}
+		next := wanted{labels: sess.Labels, spec: sess.Spec}
+		for _, field := range chosen {
+			fields[field](&next, &src)
+		}
+		if next.spec.Image == "" {
+			next.spec.Image = s.config.DefaultImage
+		}
+		var v violations
+		if !maps.Equal(next.labels, sess.Labels) {
+			validateLabels(&v, "session.labels", next.labels)
+		}
+		if !next.spec.Equal(sess.Spec) {
+			validateSpec(&v, next.spec)
+			validateDisk(&v, sess, next.spec.Resources.DiskBytes)
+		}
+		if err := v.err(); err != nil {
+			return err
+		}
+		if maps.Equal(next.labels, sess.Labels) && next.spec.Equal(sess.Spec) {
+			return nil // nothing changed, and nobody is to be told so
+		}
+		sess.Labels, sess.Spec = maps.Clone(next.labels), next.spec.Clone()
+		sess.UpdateTime = time.Now().UTC()
+		return putWithEvent(tx, sess)
+	})
+	if err != nil {
+		return nil, err
+	}
+	return s.show(sess), nil
+}
+
+// validateDisk: a disk that was made can grow, and nothing else.
+func validateDisk(v *violations, sess *fleet.Session, bytes int64) {
+	have := sess.Spec.Resources.DiskBytes
+	if sess.Generation == 0 || bytes == have {
+		return
+	}
+	const field = "session.spec.resources.disk_bytes"
+	switch {
+	case have == 0:
+		v.add(field, "the session's disk was made without a limit, and cannot get one later: create a new session")
+	case bytes == 0:
+		v.add(field, "a limit that was set cannot be taken away; it can grow")
+	case bytes < have:
+		v.add(field, fmt.Sprintf("a disk cannot shrink: it has %d bytes", have))
+	}
+}
