@@ -32,8 +32,8 @@ func (s *specFlags) register(cmd *cobra.Command, remove string) {
 	f := cmd.Flags()
 	f.StringVar(&s.image, "image", "", "container image (default: the server's)")
 	f.StringArrayVarP(&s.env, "env", "e", nil, "environment variable, `NAME=VALUE`; NAME alone takes it from the environment of this command"+remove+"; can be repeated")
-	f.StringArrayVar(&s.envFiles, "env-file", nil, "file with a variable per line, as for --env; # begins a comment; can be repeated")
-	f.StringVar(&s.config, "opencode-config", "", "file with OpenCode's configuration as JSON; - reads stdin")
+	f.StringArrayVar(&s.envFiles, "env-file", nil, "`FILE` with a variable per line, as for --env; # begins a comment; can be repeated")
+	f.StringVar(&s.config, "opencode-config", "", "`FILE` with OpenCode's configuration as JSON; - reads stdin")
 	f.StringSliceVarP(&s.labels, "label", "l", nil, "label, `KEY=VALUE`"+remove+"; can be repeated")
 	f.StringSliceVar(&s.selector, "node-selector", nil, "label that the node must have, `KEY=VALUE`"+remove+"; can be repeated")
 	s.cpu = quantity{parse: parseCPU, kind: "cpus"}
