@@ -40,6 +40,10 @@ func dropped(name string, h *tar.Header) bool {
 	switch {
 	case strings.HasPrefix(name, "dev/"):
 		return true
+	// apt makes these again. Their owner depends on whether apt's own user could enter the folder
+	// that the image was built in.
+	case name == "var/cache/apt/archives/partial", name == "var/lib/apt/lists/partial":
+		return true
 	case dir:
 		return false
 	case name == "etc/machine-id", name == "etc/hostname", name == "etc/resolv.conf",
@@ -76,10 +80,20 @@ func buildBase(ctx context.Context, o BuildOptions, tmp, dst string, say func(st
 	args = append(args, Suite, "-")
 	args = append(args, o.Mirrors...)
 
-	cmd := exec.CommandContext(ctx, "mmdebstrap", args...)
-	// TMPDIR is on the cache's disk: /tmp is often a nodev tmpfs, which cannot hold a root file system.
-	cmd.Env = append(os.Environ(), "TMPDIR="+tmp, "LC_ALL=C.UTF-8",
-		"SOURCE_DATE_EPOCH="+strconv.FormatInt(sourceDate.Unix(), 10))
+	// The caller's umask and environment must not show in the image; only what apt may need to get
+	// out is passed on. TMPDIR is on the cache's disk: /tmp is often a nodev tmpfs, which cannot
+	// hold a root file system.
+	cmd := exec.CommandContext(ctx, "sh", append([]string{"-c", `umask 022; exec mmdebstrap "$@"`, "mmdebstrap"}, args...)...)
+	cmd.Env = []string{
+		"TMPDIR=" + tmp, "LC_ALL=C.UTF-8", "TZ=UTC",
+		"SOURCE_DATE_EPOCH=" + strconv.FormatInt(sourceDate.Unix(), 10),
+	}
+	for _, kv := range os.Environ() {
+		name, _, _ := strings.Cut(kv, "=")
+		if name == "PATH" || name == "HOME" || strings.HasSuffix(strings.ToLower(name), "_proxy") {
+			cmd.Env = append(cmd.Env, kv)
+		}
+	}
 	var built *layer
 	err := run(cmd, say, func(stdout io.Reader) error {
 		var err error

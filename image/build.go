@@ -235,7 +235,7 @@ func (b *builder) buildLayer(ctx context.Context, s step) (*layer, error) {
 		return nil, err
 	}
 	defer os.RemoveAll(tmp)
-	// apt downloads as its own user, who must be able to enter.
+	// apt downloads as its own user where that user can enter, and as root elsewhere.
 	if err := os.Chmod(tmp, 0o755); err != nil {
 		return nil, err
 	}

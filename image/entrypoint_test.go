@@ -30,9 +30,12 @@ func newEntry(t *testing.T) *entry {
 		t.Fatal(err)
 	}
 	mustWrite(t, filepath.Join(dir, "entrypoint"), string(script), 0o755)
+	mustWrite(t, filepath.Join(dir, "plugin", "package.json"), "{}", 0o644)
+	mustWrite(t, filepath.Join(dir, "opencode-plugin-lock.json"), "ours", 0o644)
 	return &entry{t: t, root: filepath.Join(dir, "s3"), env: []string{
 		"PATH=" + bin + ":/usr/bin:/bin",
 		"CLOUDCODE_ROOT=" + filepath.Join(dir, "s3"),
+		"CLOUDCODE_PLUGIN_DIR=" + filepath.Join(dir, "plugin"),
 		"CLOUDCODE_PRESET_DIR=" + filepath.Join(dir, "preset"),
 	}}
 }
@@ -167,6 +170,38 @@ func TestEntrypointKeepsWhatIsThere(t *testing.T) {
 	})
 }
 
+// TestEntrypointPlugin: the image's copy is linked where nothing is, mended where the link is lost,
+// and left alone where the folder has dependencies of its own.
+func TestEntrypointPlugin(t *testing.T) {
+	const link = "node_modules/@opencode-ai/plugin"
+	e := newEntry(t)
+	e.mustRun()
+	for _, dir := range []string{".opencode", ".opencode/config/opencode"} {
+		if !exists(e.path(dir+"/"+link+"/package.json")) || readFile(t, e.path(dir+"/package-lock.json")) != "ours" {
+			t.Errorf("%s: no plugin", dir)
+		}
+		// What an object store makes of a link.
+		if err := os.Remove(e.path(dir + "/" + link)); err != nil {
+			t.Fatal(err)
+		}
+		mustWrite(t, e.path(dir+"/"+link), "not a link", 0o644)
+	}
+	if _, stderr := e.mustRun(); stderr != "" {
+		t.Error(stderr)
+	}
+	if !exists(e.path(".opencode/" + link + "/package.json")) {
+		t.Error("not mended")
+	}
+	for _, own := range []string{"package.json", "package-lock.json", "node_modules/x/package.json"} {
+		e := newEntry(t)
+		mustWrite(t, e.path(".opencode/"+own), "mine", 0o644)
+		e.mustRun()
+		if exists(e.path(".opencode/"+link)) || readFile(t, e.path(".opencode/"+own)) != "mine" {
+			t.Errorf("a folder with its own %s was changed", own)
+		}
+	}
+}
+
 func TestEntrypointDatabaseFolder(t *testing.T) {
 	e := newEntry(t)
 	db := filepath.Join(t.TempDir(), "a", "b", "opencode.db")
@@ -199,7 +234,7 @@ func TestEntrypointErrors(t *testing.T) {
 		e := newEntry(t)
 		// The machine that tests may have one: a PATH of just what the script runs.
 		bin := t.TempDir()
-		for _, name := range []string{"sh", "mkdir", "ls", "cp", "mv"} {
+		for _, name := range []string{"sh", "mkdir", "ls", "cp", "mv", "rm", "ln", "cmp"} {
 			p, err := exec.LookPath(name)
 			if err == nil {
 				err = os.Symlink(p, filepath.Join(bin, name))

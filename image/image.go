@@ -20,7 +20,8 @@ const (
 	OpenCodeVersion = "1.18.34"
 	NodeVersion     = "22.23.3"
 	NPMVersion      = "10.9.9"
-	Suite           = "trixie" // Debian 13, which has Python 3.13
+	PluginVersion   = "1.18.33" // @opencode-ai/plugin; npm has it under other versions than OpenCode
+	Suite           = "trixie"  // Debian 13, which has Python 3.13
 )
 
 // DefaultRef is the name that an archive gives its image when it is imported.
@@ -42,6 +43,10 @@ const (
 	StateHome  = Root + "/.opencode/state"
 	PresetDir  = "/usr/share/cloudcode/preset"
 	Entrypoint = "/usr/local/bin/cloudcode-entrypoint"
+
+	// OpenCode's plugin library, and the lock file that tells OpenCode that a folder has it.
+	PluginModules = "/usr/local/lib/cloudcode/opencode/node_modules"
+	PluginLock    = "/usr/share/cloudcode/opencode-plugin-lock.json"
 )
 
 // Packages is what the image takes from Debian besides its minimal base. OpenCode's tools need

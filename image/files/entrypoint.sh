@@ -5,6 +5,8 @@ set -eu
 
 root=${CLOUDCODE_ROOT:-/root/s3}
 preset=${CLOUDCODE_PRESET_DIR:-/usr/share/cloudcode/preset}
+plugin=${CLOUDCODE_PLUGIN_DIR:-/usr/local/lib/cloudcode/opencode/node_modules/@opencode-ai/plugin}
+plugin_lock=${preset%/*}/opencode-plugin-lock.json
 workspace=$root/workspace
 project=$workspace/project
 
@@ -59,6 +61,26 @@ for file in opencode.json AGENTS.md; do
 		die "cannot write $config/$file"
 	log "wrote the preset's $file"
 done
+
+# OpenCode downloads its plugin library (63 MB, 3,600 files) into every configuration folder that
+# does not have it, in the background of the first prompt. The image has it: a link and a lock file
+# that names it are enough. A folder whose lock file is not ours looks after itself.
+link_plugin() {
+	link=$1/node_modules/@opencode-ai/plugin
+	if [ -e "$1/package-lock.json" ]; then
+		cmp -s "$plugin_lock" "$1/package-lock.json" || return 0
+	elif [ -e "$1/node_modules" ] || [ -e "$1/package.json" ]; then
+		return 0
+	fi
+	[ -e "$link/package.json" ] && return 0
+	rm -rf "$link"
+	mkdir -p "${link%/*}" && ln -s "$plugin" "$link" && cp "$plugin_lock" "$1/package-lock.json" ||
+		log "warning: cannot link OpenCode's plugin library into $1; OpenCode will download it"
+}
+if [ -d "$plugin" ]; then
+	link_plugin "$config"
+	[ ! -d "$root/.opencode" ] || link_plugin "$root/.opencode"
+fi
 
 cd "$project" || die "cannot enter $project"
 command -v opencode >/dev/null || die "opencode is not in PATH ($PATH)"
