@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -101,9 +102,25 @@ func buildBase(ctx context.Context, o BuildOptions, tmp, dst string, say func(st
 		return err
 	})
 	if err != nil {
-		return nil, fmt.Errorf("mmdebstrap: %w", err)
+		return nil, fmt.Errorf("mmdebstrap: %w%s", err, hint(err.Error()))
 	}
 	return built, nil
+}
+
+// hint says what to do about failures that mmdebstrap leaves to the reader.
+func hint(said string) string {
+	has := func(words ...string) bool {
+		return slices.ContainsFunc(words, func(w string) bool { return strings.Contains(said, w) })
+	}
+	switch {
+	case has("NO_PUBKEY", "is not signed", "cannot find debian-archive-keyring"):
+		return "\nthis machine lacks Debian's current keys; run: apt-get install -y debian-archive-keyring"
+	case has("Could not resolve", "Temporary failure resolving", "Could not connect", "Failed to fetch"):
+		return "\nno Debian mirror can be reached; name one with --mirror, or set http_proxy"
+	case has("No space left on device"):
+		return "\nthe build needs 1.5 GB in the cache folder"
+	}
+	return ""
 }
 
 // filterBase copies mmdebstrap's tar, which is sorted by name, without what dropped names.

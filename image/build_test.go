@@ -150,6 +150,19 @@ func TestBuildSaysWhatIsMissing(t *testing.T) {
 	}
 }
 
+func TestHint(t *testing.T) {
+	for said, want := range map[string]string{
+		"W: GPG error: … NO_PUBKEY 6ED0E7B82643E131":                   "debian-archive-keyring",
+		"Err:1 … Temporary failure resolving 'mirror.test'":            "--mirror",
+		"dpkg: error: failed to write: No space left on device":        "1.5 GB",
+		"exit status 25; it said:\n  E: something that we do not know": "",
+	} {
+		if got := hint(said); !strings.Contains(got, want) || (want == "") != (got == "") {
+			t.Errorf("%q: %q, want %q", said, got, want)
+		}
+	}
+}
+
 func TestBuildsWaitForEachOther(t *testing.T) {
 	dir := t.TempDir()
 	seed(t, dir, baseKey(BuildOptions{}), toolsKey())
