@@ -21,6 +21,7 @@ import (
 	ctd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 
 	"github.com/cloudcode-dev/cloudcode/nodeagent/runtime"
 )
@@ -120,6 +121,8 @@ func New(ctx context.Context, cfg Config) (*Runtime, error) {
 			return nil, err
 		}
 	}
+	// containerd's libraries print at level info by themselves.
+	_ = log.SetLevel("error")
 	r := &Runtime{cfg: cfg, subnet: subnet.Masked(), log: cfg.Logger}
 	r.client, err = ctd.New(cfg.Address, ctd.WithDefaultNamespace(cfg.Namespace), ctd.WithTimeout(callTimeout))
 	if err != nil {

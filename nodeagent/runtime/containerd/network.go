@@ -242,10 +242,15 @@ func (n *network) allocated() ([]string, error) {
 	return ids, nil
 }
 
-// isNetns says whether path is a pinned network namespace.
+// isNetns says whether path is a pinned network namespace other than our own:
+// deleting "eth0" there would be deleting the machine's.
 func isNetns(path string) bool {
-	var st unix.Statfs_t
-	return unix.Statfs(path, &st) == nil && st.Type == unix.NSFS_MAGIC
+	var fs unix.Statfs_t
+	if unix.Statfs(path, &fs) != nil || fs.Type != unix.NSFS_MAGIC {
+		return false
+	}
+	var pinned, own unix.Stat_t
+	return unix.Stat(path, &pinned) == nil && unix.Stat("/proc/self/ns/net", &own) == nil && pinned.Ino != own.Ino
 }
 
 // pinNetns keeps the network namespace of a process at path.
