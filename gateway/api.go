@@ -80,10 +80,55 @@ func (g *Gateway) apiHandler() http.Handler {
 			return
 		}
 		r.Body = http.MaxBytesReader(w, r.Body, maxBody)
+		if r.Method == http.MethodPatch {
+			r = withProtoMask(r)
+		}
 		ctx, cancel := context.WithTimeout(r.Context(), unaryTimeout)
 		defer cancel()
 		mux.ServeHTTP(w, r.WithContext(ctx))
 	})
+}
+
+// withProtoMask puts the names in a query's updateMask as the server knows them.
+// In JSON a mask has lowerCamelCase names; grpc-gateway translates those in a
+// body, but not in a query. Keys of maps stay as they are.
+func withProtoMask(r *http.Request) *http.Request {
+	q := r.URL.Query()
+	masks := append(q["updateMask"], q["update_mask"]...)
+	if len(masks) == 0 {
+		return r
+	}
+	for i, mask := range masks {
+		paths := strings.Split(mask, ",")
+		for j, path := range paths {
+			segments := strings.Split(strings.TrimSpace(path), ".")
+			for k, s := range segments {
+				segments[k] = toSnake(s)
+				if s == "labels" || s == "env" || segments[k] == "node_selector" {
+					break
+				}
+			}
+			paths[j] = strings.Join(segments, ".")
+		}
+		masks[i] = strings.Join(paths, ",")
+	}
+	q.Del("update_mask")
+	q.Set("updateMask", strings.Join(masks, ","))
+	r = r.Clone(r.Context())
+	r.URL.RawQuery = q.Encode()
+	return r
+}
+
+func toSnake(s string) string {
+	var b strings.Builder
+	for _, c := range s {
+		if c >= 'A' && c <= 'Z' {
+			b.WriteByte('_')
+			c += 'a' - 'A'
+		}
+		b.WriteRune(c)
+	}
+	return b.String()
 }
 
 // must is for registrations, which fail for patterns only.
