@@ -82,7 +82,9 @@ func (s *Server) Start(ctx context.Context) (err error) {
 		}
 	}()
 	s.onStop(func() error { s.endStreams(); return nil })
-	if err := os.MkdirAll(serverDir(s.config.DataDir), 0o700); err != nil {
+	// Others may look for the address and the authority's certificate here; what is
+	// secret is so by its own mode.
+	if err := os.MkdirAll(serverDir(s.config.DataDir), 0o755); err != nil {
 		return fmt.Errorf("create the server's directory: %w", err)
 	}
 	// The store first: its lock says whether another server is here.

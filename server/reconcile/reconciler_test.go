@@ -1,0 +1,229 @@
+package reconcile
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"path/filepath"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/cloudcode-dev/cloudcode/server/fleet"
+	"github.com/cloudcode-dev/cloudcode/server/store"
+	"github.com/cloudcode-dev/cloudcode/server/store/boltstore"
+)
+
+// running starts a Reconciler in a bubble of virtual time.
+func running(t *testing.T, wrap func(store.Store) store.Store, fn func(t *testing.T, s store.Store)) {
+	t.Helper()
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		s, err := boltstore.Open(filepath.Join(dir, "fleet.db"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+		seen := store.Store(s)
+		if wrap != nil {
+			seen = wrap(s)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- New(seen, slog.New(slog.DiscardHandler)).Run(ctx) }()
+		fn(t, s)
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}
+
+func put(t *testing.T, s store.Store, things ...any) {
+	t.Helper()
+	if _, err := s.Update(t.Context(), func(tx store.Tx) error {
+		for _, thing := range things {
+			var err error
+			switch v := thing.(type) {
+			case *fleet.Session:
+				err = tx.PutSession(v)
+			case *fleet.Node:
+				err = tx.PutNode(v)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func get(t *testing.T, s store.Store, id string) (sess *fleet.Session) {
+	t.Helper()
+	if err := s.View(t.Context(), func(tx store.ReadTx) (err error) {
+		sess, err = tx.Session(id)
+		if errors.Is(err, fleet.ErrNotFound) {
+			return nil
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return sess
+}
+
+func events(t *testing.T, s store.Store, uid string) (got []string) {
+	t.Helper()
+	if err := s.View(t.Context(), func(tx store.ReadTx) error {
+		for e, err := range tx.Events(uid, 0) {
+			if err != nil {
+				return err
+			}
+			got = append(got, string(e.Session.State)+" "+e.Session.Reason)
+			if a := e.Session.Assignment; a != nil && a.Password != "" {
+				t.Error("an event holds the password")
+			}
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return got
+}
+
+func TestRunFollowsTheStore(t *testing.T) {
+	running(t, nil, func(t *testing.T, s store.Store) {
+		put(t, s, pending("a"))
+		synctest.Wait()
+		if got := get(t, s, "a"); got.State != fleet.StatePending || got.Reason != fleet.ReasonNoNodes {
+			t.Fatalf("without nodes: %s %s", got.State, got.Reason)
+		}
+		put(t, s, ready("n1"), ready("n2"))
+		synctest.Wait()
+		first := get(t, s, "a")
+		if first.State != fleet.StateStarting || first.Reason != "" || first.Generation != 1 || first.Assignment.Node != "n1" ||
+			len(first.Assignment.Password) < 20 || first.Progress.Phase != "placed" {
+			t.Fatalf("placed: %+v, %+v", first, first.Assignment)
+		}
+		put(t, s, pending("b"))
+		synctest.Wait()
+		if b := get(t, s, "b"); b.Assignment.Node != "n2" || b.Assignment.Password == first.Assignment.Password {
+			t.Fatalf("second: %+v", b.Assignment)
+		}
+		put(t, s, away("n1"))
+		synctest.Wait()
+		if got := get(t, s, "a"); got.State != fleet.StateLost || got.Assignment.Node != "n1" {
+			t.Fatalf("node away: %s on %+v", got.State, got.Assignment)
+		}
+		put(t, s, ready("n1"))
+		synctest.Wait()
+		changed := get(t, s, "a")
+		if changed.State != fleet.StateStarting || changed.Generation != 1 {
+			t.Fatalf("node back: %s, generation %d", changed.State, changed.Generation)
+		}
+		changed.Spec.Image = "new"
+		put(t, s, changed)
+		synctest.Wait()
+		got := get(t, s, "a")
+		if got.Generation != 2 || got.Assignment.Generation != 2 || got.Assignment.Spec.Image != "new" || got.Assignment.Password != first.Assignment.Password {
+			t.Fatalf("new spec: %+v", got.Assignment)
+		}
+		got.Deleting, got.State = true, fleet.StateDeleting
+		put(t, s, got)
+		synctest.Wait()
+		got = get(t, s, "a")
+		if !got.Assignment.Delete || got.Generation != 2 {
+			t.Fatalf("deleting: %+v", got.Assignment)
+		}
+		if got, want := events(t, s, got.UID), []string{
+			"PENDING NO_NODES", "STARTING ", "LOST NODE_UNREACHABLE", "STARTING NODE_RETURNED", "STARTING ", "DELETING ",
+		}; !equal(got, want) {
+			t.Errorf("events %q, want %q", got, want)
+		}
+		got.Assignment = nil
+		put(t, s, got)
+		synctest.Wait()
+		if got := get(t, s, "a"); got != nil {
+			t.Fatalf("still there: %+v", got)
+		}
+	})
+}
+
+func equal(a, b []string) bool {
+	if len(a) != len(b) {
+		return false
+	}
+	for i := range a {
+		if a[i] != b[i] {
+			return false
+		}
+	}
+	return true
+}
+
+// failing refuses writes while it is told to.
+type failing struct {
+	store.Store
+	down  atomic.Bool
+	tries atomic.Int32
+}
+
+func (f *failing) Update(ctx context.Context, fn func(store.Tx) error) (store.Revision, error) {
+	f.tries.Add(1)
+	if f.down.Load() {
+		return 0, fleet.ErrResourceExhausted
+	}
+	return f.Store.Update(ctx, fn)
+}
+
+func TestRunTriesAgain(t *testing.T) {
+	f := &failing{}
+	f.down.Store(true)
+	running(t, func(s store.Store) store.Store { f.Store = s; return f }, func(t *testing.T, s store.Store) {
+		put(t, s, pending("a"), ready("n1"))
+		start := time.Now()
+		time.Sleep(10 * time.Minute) // virtual
+		synctest.Wait()
+		if n := f.tries.Load(); n < 20 || n > 40 {
+			t.Errorf("%d tries in %v: pauses should grow to %v", n, time.Since(start), retryMax)
+		}
+		f.down.Store(false)
+		time.Sleep(retryMax)
+		synctest.Wait()
+		if got := get(t, s, "a"); got.State != fleet.StateStarting {
+			t.Errorf("with room again: %s", got.State)
+		}
+	})
+}
+
+func TestApplyRefusesOldPlans(t *testing.T) {
+	s, err := boltstore.Open(filepath.Join(t.TempDir(), "fleet.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	r := New(s, slog.New(slog.DiscardHandler))
+	sess, node := pending("a"), ready("n1")
+	put(t, s, sess, node)
+	plan := func() Action {
+		return Plan(Snapshot{Sessions: []*fleet.Session{get(t, s, "a")}, Nodes: []*fleet.Node{ready("n1")}}, time.Now())[0]
+	}
+	for name, meanwhile := range map[string]any{
+		"session changed":  with(pending("a"), func(s *fleet.Session) { s.Labels = map[string]string{"a": "b"} }),
+		"session replaced": with(pending("a"), func(s *fleet.Session) { s.UID = "other" }),
+		"node went away":   away("n1"),
+	} {
+		put(t, s, pending("a"), ready("n1"))
+		a := plan()
+		put(t, s, meanwhile)
+		if _, err := r.Apply(t.Context(), a); !errors.Is(err, fleet.ErrAborted) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if got := get(t, s, "a"); got.Assignment != nil {
+			t.Errorf("%s: placed all the same", name)
+		}
+	}
+}
