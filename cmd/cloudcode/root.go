@@ -14,15 +14,10 @@ var version string
 // newRootCmd returns the whole command tree.
 func newRootCmd() *cobra.Command {
 	root := cli.NewRoot(buildVersion())
-	// The processes come first; cli has the commands that talk to them.
+	// cli has the commands that talk to the processes, process.go those that run them.
 	root.AddCommand(processCmds()...)
 	cli.BindEnv(root)
 	return root
-}
-
-// processCmds returns the commands that run our processes.
-func processCmds() []*cobra.Command {
-	return nil
 }
 
 // buildVersion returns the version set by the linker, or else the module's

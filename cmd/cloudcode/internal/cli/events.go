@@ -150,7 +150,7 @@ func lifecycleText(s *cloudcodev1.Session) string {
 	st := stepOf(s)
 	switch s.GetState() {
 	case cloudcodev1.Session_PENDING, cloudcodev1.Session_STARTING:
-		return s.GetState().String() + " " + strings.TrimSpace(st.text+"  "+bar(st.done, st.total))
+		return s.GetState().String() + " " + strings.TrimSpace(st.text+"  "+bar(st.done, st.total, 0))
 	}
 	out := s.GetState().String()
 	if w := why(s); w != "" {

@@ -84,6 +84,12 @@ type fleet struct {
 // newFleet starts a server and leaves what one leaves in its data directory.
 func newFleet(t *testing.T) *fleet {
 	t.Helper()
+	return newFleetAt(t, "127.0.0.1:0")
+}
+
+// newFleetAt listens elsewhere; the certificate is for 127.0.0.1 and localhost.
+func newFleetAt(t *testing.T, address string) *fleet {
+	t.Helper()
 	f := &fleet{t: t, dir: t.TempDir(), sessions: map[string]*cloudcodev1.Session{}}
 	var err error
 	if f.ca, err = pki.LoadOrCreateCA(filepath.Join(f.dir, "pki")); err != nil {
@@ -93,7 +99,7 @@ func newFleet(t *testing.T) *fleet {
 		t.Fatal(err)
 	}
 	f.verifier.AddToken("local-token")
-	f.start("127.0.0.1:0")
+	f.start(address)
 	f.write(addressFile, f.address+"\n", 0o644)
 	f.write(tokenFile, "local-token\n", 0o600)
 	t.Cleanup(f.stop)

@@ -312,7 +312,7 @@ func (v *transferView) show(text string, done, total int64) {
 	}
 	v.at = time.Now()
 	v.erase()
-	line := strings.TrimSpace(bar(done, total) + "  " + text)
+	line := strings.TrimSpace(bar(done, total, 20) + "  " + text)
 	width := v.scr.Width()
 	if width <= 0 {
 		width = 80

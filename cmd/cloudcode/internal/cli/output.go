@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"text/tabwriter"
@@ -118,9 +119,15 @@ func printFields(w io.Writer, fields []field) error {
 	return nil
 }
 
+// escapes are terminal sequences: colours and cursor (CSI), titles and links (OSC).
+var escapes = regexp.MustCompile("\x1b(\\[[0-?]*[ -/]*[@-~]|\\][^\x07\x1b]*(\x07|\x1b\\\\)?)")
+
 // plain makes text from elsewhere harmless for a terminal: one line, without
 // control characters.
 func plain(s string) string {
+	if strings.Contains(s, "\x1b") {
+		s = escapes.ReplaceAllString(s, "")
+	}
 	return strings.Map(func(r rune) rune {
 		switch {
 		case r == '\n' || r == '\t' || r == '\r':

@@ -151,7 +151,7 @@ func (v *startView) draw() {
 		return
 	}
 	tail := short(v.now().Sub(v.since))
-	if b := bar(v.current.done, v.current.total); b != "" {
+	if b := bar(v.current.done, v.current.total, v.cells()); b != "" {
 		tail = b + "  " + tail
 	}
 	v.clear()
@@ -167,6 +167,14 @@ func (v *startView) clear() {
 	}
 }
 
+// cells is how long a bar there is room for.
+func (v *startView) cells() int {
+	if w := v.scr.Width(); w > 0 && w < 80 {
+		return 0
+	}
+	return 20
+}
+
 // fit cuts text so that the line does not wrap: a wrapped line cannot be redrawn.
 func (v *startView) fit(text string, reserved int) string {
 	width := v.scr.Width()
@@ -177,11 +185,12 @@ func (v *startView) fit(text string, reserved int) string {
 }
 
 // bar shows bytes done; empty when they are not known.
-func bar(done, total int64) string {
+func bar(done, total int64, cells int) string {
 	switch {
+	case total > 0 && cells == 0:
+		return formatBytes(done) + " of " + formatBytes(total)
 	case total > 0:
-		const cells = 20
-		full := int(min(done, total) * cells / total)
+		full := int(float64(min(done, total)) / float64(total) * float64(cells))
 		return fmt.Sprintf("[%s%s] %s of %s", strings.Repeat("#", full), strings.Repeat("-", cells-full), formatBytes(done), formatBytes(total))
 	case done > 0:
 		return formatBytes(done)

@@ -3,7 +3,6 @@ package cli
 import (
 	"errors"
 	"fmt"
-	"math"
 	"math/big"
 	"strconv"
 	"strings"
@@ -115,8 +114,8 @@ func formatBytes(n int64) string {
 	for v >= 999.5 && i < len(units)-1 {
 		v, i = v/1024, i+1
 	}
-	if v < 9.95 && v != math.Trunc(v) {
-		return fmt.Sprintf("%.1f %s", v, units[i])
+	if v < 9.95 {
+		return strings.TrimSuffix(fmt.Sprintf("%.1f", v), ".0") + " " + units[i]
 	}
 	return fmt.Sprintf("%.0f %s", v, units[i])
 }

@@ -89,12 +89,12 @@ func listFilter(filter string, states, labels []string) (string, error) {
 		if key == "" {
 			return "", usagef("--label %q: want KEY=VALUE or KEY", l)
 		}
-		if !has {
-			and = append(and, "labels:"+strconv.Quote(key))
-			continue
-		}
 		if !identifier.MatchString(key) {
 			key = strconv.Quote(key)
+		}
+		if !has {
+			and = append(and, "labels:"+key)
+			continue
 		}
 		and = append(and, "labels."+key+" = "+strconv.Quote(value))
 	}
@@ -206,7 +206,7 @@ func describeSession(s *cloudcodev1.Session, now time.Time) []field {
 	progress := ""
 	if s.GetProgress() != nil {
 		st := stepOf(s)
-		progress = strings.TrimSpace(st.text + "  " + bar(st.done, st.total))
+		progress = strings.TrimSpace(st.text + "  " + bar(st.done, st.total, 0))
 	}
 	attach := ""
 	if s.GetWebUri() != "" {
