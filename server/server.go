@@ -26,10 +26,15 @@ import (
 	"github.com/cloudcode-dev/cloudcode/internal/auth"
 	"github.com/cloudcode-dev/cloudcode/internal/link"
 	"github.com/cloudcode-dev/cloudcode/internal/pki"
+	gatewayv1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/gateway/v1"
 	linkv1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/link/v1"
+	nodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/node/v1"
 	cloudcodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/v1"
 	"github.com/cloudcode-dev/cloudcode/server/api"
+	"github.com/cloudcode-dev/cloudcode/server/dispatch"
+	"github.com/cloudcode-dev/cloudcode/server/join"
 	"github.com/cloudcode-dev/cloudcode/server/reconcile"
+	"github.com/cloudcode-dev/cloudcode/server/routes"
 	"github.com/cloudcode-dev/cloudcode/server/store/boltstore"
 )
 
@@ -117,13 +122,23 @@ func (s *Server) Start(ctx context.Context) (err error) {
 		grpc.ConnectionTimeout(20*time.Second),
 		grpc.WaitForHandlers(true),
 	)
-	hub := link.NewHub(nodeID, s.log)
+	joinToken, err := pki.LoadOrCreateToken(pkiDir(s.config.DataDir), ca)
+	if err != nil {
+		return fmt.Errorf("the join token: %w", err)
+	}
+	nodev1.RegisterJoinServiceServer(s.grpc, join.New(join.Config{CA: ca, Token: joinToken, Log: s.log}))
+	gateways := routes.New(routes.Config{Store: db, Identify: identify(pki.RoleGateway), Log: s.log})
+	gatewayv1.RegisterRouteServiceServer(s.grpc, gateways)
+	dispatcher := dispatch.New(dispatch.Config{Store: db, Gateways: gateways, Identify: identify(pki.RoleNode), Log: s.log})
+	nodev1.RegisterDispatchServiceServer(s.grpc, dispatcher)
+	hub := link.NewHub(identify(pki.RoleNode), s.log)
 	linkv1.RegisterLinkServiceServer(s.grpc, hub)
 	agents := newAgents(hub)
 	s.onStop(agents.close)
 
 	sessions, nodes := api.New(api.Config{
 		Store: db, Agents: agents, DefaultImage: s.config.DefaultImage, Log: s.log,
+		WebURI: gateways.WebURI, Heartbeat: dispatcher.HeartbeatTime,
 	})
 	cloudcodev1.RegisterSessionServiceServer(s.grpc, sessions)
 	cloudcodev1.RegisterNodeServiceServer(s.grpc, nodes)
@@ -131,6 +146,7 @@ func (s *Server) Start(ctx context.Context) (err error) {
 	healthv1.RegisterHealthServer(s.grpc, healthServer)
 	reflection.Register(s.grpc)
 
+	s.background("dispatcher", dispatcher.Run)
 	s.background("reconciler", reconcile.New(db, s.log).Run)
 
 	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", s.config.GRPCListen)
@@ -252,13 +268,15 @@ func (s *Server) Run(ctx context.Context) error {
 	return errors.Join(err, s.Stop(context.WithoutCancel(ctx)))
 }
 
-// nodeID is the id of the node that calls. Who gets here has a node's certificate.
-func nodeID(ctx context.Context) (string, error) {
-	if err := authorizeMember(ctx, pki.RoleNode); err != nil {
-		return "", err
+// identify returns the id of a caller who has proved to have a role.
+func identify(role pki.Role) func(context.Context) (string, error) {
+	return func(ctx context.Context) (string, error) {
+		if err := authorizeMember(ctx, role); err != nil {
+			return "", err
+		}
+		id, _ := pki.FromContext(ctx)
+		return id.ID, nil
 	}
-	id, _ := pki.FromContext(ctx)
-	return id.ID, nil
 }
 
 // localAddress is how this machine reaches a listener.
