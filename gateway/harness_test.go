@@ -14,6 +14,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -70,6 +71,7 @@ type fakeServer struct {
 	created  *cloudcodev1.CreateSessionRequest
 	updated  *cloudcodev1.UpdateSessionRequest
 	watched  []string // `after` of each WatchSessionEvents
+	nodes    []*cloudcodev1.Node
 
 	// events serves WatchSessionEvents, logs ReadSessionLogs.
 	events func(after string, s grpc.ServerStreamingServer[cloudcodev1.SessionEvent]) error
@@ -177,7 +179,15 @@ func (f *fakeServer) ListSessions(context.Context, *cloudcodev1.ListSessionsRequ
 	for _, r := range f.routes {
 		resp.Sessions = append(resp.Sessions, r.GetSession())
 	}
+	slices.SortFunc(resp.Sessions, func(a, b *cloudcodev1.Session) int { return strings.Compare(a.GetName(), b.GetName()) })
 	return resp, nil
+}
+
+func (f *fakeServer) ListNodes(context.Context, *cloudcodev1.ListNodesRequest) (*cloudcodev1.ListNodesResponse, error) {
+	if f.nodes == nil {
+		return nil, status.Error(codes.Unimplemented, "not in this test")
+	}
+	return &cloudcodev1.ListNodesResponse{Nodes: f.nodes}, nil
 }
 
 func (f *fakeServer) CreateSession(ctx context.Context, req *cloudcodev1.CreateSessionRequest) (*cloudcodev1.Session, error) {

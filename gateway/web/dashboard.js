@@ -124,7 +124,7 @@ function sessionRow(s) {
     el("div", { class: "acts" },
       el("a", { class: "button", href: webURI(s), target: "_blank", rel: "noopener" }, "Open"),
       el("button", { type: "button", onclick: () => openDetail(id) }, "Details"),
-      el("button", { type: "button", class: "danger", disabled: s.state === "DELETING", onclick: () => askDelete(id) }, "Delete")),
+      el("button", { type: "button", class: "quiet", disabled: s.state === "DELETING", onclick: () => askDelete(id) }, "Delete")),
     why(s));
 }
 function nodeRow(n) {

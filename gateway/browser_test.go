@@ -1,0 +1,304 @@
+package gateway
+
+import (
+	"bufio"
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/coder/websocket"
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	gatewayv1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/gateway/v1"
+	cloudcodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/v1"
+)
+
+// browser is headless Chromium, driven over its own protocol.
+type browser struct {
+	t    *testing.T
+	ws   *websocket.Conn
+	next int
+	said []string // errors on the console, and exceptions
+}
+
+func newBrowser(t *testing.T) *browser {
+	t.Helper()
+	path, err := exec.LookPath("chromium")
+	if err != nil {
+		if os.Getenv("CLOUDCODE_REQUIRE_REAL") == "1" {
+			t.Fatal("chromium is not installed")
+		}
+		t.Skip("chromium is not installed")
+	}
+	dir := t.TempDir()
+	cmd := exec.Command(path, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-dev-shm-usage",
+		"--user-data-dir="+dir, "--remote-debugging-port=0", "about:blank")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // its helpers end with it
+	stderr, err := cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	read := make(chan struct{})
+	t.Cleanup(func() {
+		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
+		<-read
+		_ = cmd.Wait()
+	})
+	address := make(chan string, 1)
+	go func() {
+		defer close(read)
+		for s := bufio.NewScanner(stderr); s.Scan(); {
+			if _, url, ok := strings.Cut(s.Text(), "DevTools listening on ws://"); ok {
+				address <- strings.SplitN(url, "/", 2)[0]
+			}
+		}
+	}()
+	var host string
+	eventually(t, "chromium", func() bool {
+		select {
+		case host = <-address:
+			return true
+		default:
+			return false
+		}
+	})
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	var pages []struct{ Type, WebSocketDebuggerURL string }
+	eventually(t, "a page", func() bool {
+		resp, err := client.Get("http://" + host + "/json/list")
+		if err != nil {
+			return false
+		}
+		defer resp.Body.Close()
+		return json.NewDecoder(resp.Body).Decode(&pages) == nil && len(pages) > 0
+	})
+	ctx, cancel := context.WithTimeout(t.Context(), bound)
+	defer cancel()
+	ws, _, err := websocket.Dial(ctx, pages[0].WebSocketDebuggerURL, &websocket.DialOptions{HTTPClient: client})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ws.SetReadLimit(64 << 20)
+	t.Cleanup(func() { ws.CloseNow() })
+	b := &browser{t: t, ws: ws}
+	for _, domain := range []string{"Page", "Runtime", "Log"} {
+		b.call(domain+".enable", nil)
+	}
+	return b
+}
+
+func (b *browser) call(method string, params map[string]any) json.RawMessage {
+	b.t.Helper()
+	ctx, cancel := context.WithTimeout(b.t.Context(), bound)
+	defer cancel()
+	b.next++
+	msg, err := json.Marshal(map[string]any{"id": b.next, "method": method, "params": params})
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	if err := b.ws.Write(ctx, websocket.MessageText, msg); err != nil {
+		b.t.Fatal(err)
+	}
+	for {
+		_, data, err := b.ws.Read(ctx)
+		if err != nil {
+			b.t.Fatalf("%s: %v", method, err)
+		}
+		var got struct {
+			ID     int
+			Method string
+			Params json.RawMessage
+			Result json.RawMessage
+			Error  *struct{ Message string }
+		}
+		if err := json.Unmarshal(data, &got); err != nil {
+			b.t.Fatal(err)
+		}
+		switch {
+		case got.Method == "Runtime.exceptionThrown", got.Method == "Log.entryAdded" && strings.Contains(string(got.Params), `"error"`):
+			b.said = append(b.said, string(got.Params))
+		case got.ID == b.next && got.Error != nil:
+			b.t.Fatalf("%s: %s", method, got.Error.Message)
+		case got.ID == b.next:
+			return got.Result
+		}
+	}
+}
+
+// eval returns a JavaScript expression's value.
+func (b *browser) eval(js string) any {
+	b.t.Helper()
+	var res struct {
+		Result           struct{ Value any }
+		ExceptionDetails json.RawMessage
+	}
+	raw := b.call("Runtime.evaluate", map[string]any{"expression": js, "returnByValue": true, "awaitPromise": true})
+	if err := json.Unmarshal(raw, &res); err != nil {
+		b.t.Fatal(err)
+	}
+	if res.ExceptionDetails != nil {
+		b.t.Fatalf("%s: %s", js, res.ExceptionDetails)
+	}
+	return res.Result.Value
+}
+
+func (b *browser) await(js string) {
+	b.t.Helper()
+	eventually(b.t, js, func() bool { return b.eval(js) == true })
+}
+
+// shot writes a picture into $CLOUDCODE_SCREENSHOTS, for people to look at.
+func (b *browser) shot(name string) {
+	dir := os.Getenv("CLOUDCODE_SCREENSHOTS")
+	if dir == "" {
+		return
+	}
+	var res struct{ Data string }
+	if err := json.Unmarshal(b.call("Page.captureScreenshot", nil), &res); err != nil {
+		b.t.Fatal(err)
+	}
+	data, err := base64.StdEncoding.DecodeString(res.Data)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, name+".png"), data, 0o644); err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+func (b *browser) look(width, height int, scheme string) {
+	b.call("Emulation.setDeviceMetricsOverride", map[string]any{"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600})
+	b.call("Emulation.setEmulatedMedia", map[string]any{"features": []map[string]string{{"name": "prefers-color-scheme", "value": scheme}}})
+}
+
+func TestDashboardInChromium(t *testing.T) {
+	b := newBrowser(t)
+	r := start(t, Config{})
+	r.linkNode()
+	now := timestamppb.Now()
+	r.server.nodes = []*cloudcodev1.Node{
+		{Name: "nodes/n1", State: cloudcodev1.Node_READY, Labels: map[string]string{"zone": "office"}, HeartbeatTime: now, SessionCount: 4, Info: &cloudcodev1.NodeInfo{CpuMillis: 16000, MemoryBytes: 64 << 30, Architecture: "amd64"}},
+		{Name: "nodes/n2", State: cloudcodev1.Node_NOT_READY, Reason: "LEASE_EXPIRED", Message: "not heard of for 4 minutes", HeartbeatTime: now},
+	}
+	const evil = `"'><script>document.title="owned"</script><img src=x onerror='document.title="owned"'>`
+	add := func(id string, st cloudcodev1.Session_State, f func(*cloudcodev1.Session)) *gatewayv1.Route {
+		rt := session(id, st, 3)
+		rt.Session.CreateTime, rt.Session.OpencodeVersion = now, "1.18.34"
+		f(rt.Session)
+		r.put(rt)
+		return rt
+	}
+	main := add("main", cloudcodev1.Session_RUNNING, func(s *cloudcodev1.Session) { s.Labels = map[string]string{"team": "web", "evil": evil} })
+	add("api-refactor", cloudcodev1.Session_STARTING, func(s *cloudcodev1.Session) {
+		s.Progress = &cloudcodev1.StartProgress{Phase: "image", Detail: "Pulling the image", CurrentBytes: 98 << 20, TotalBytes: 168 << 20}
+	})
+	add("fix-flaky-tests", cloudcodev1.Session_FAILED, func(s *cloudcodev1.Session) {
+		s.Reason, s.Message, s.RestartCount = "OOM_KILLED", "OpenCode used more than its 512 MiB. "+evil, 4
+	})
+	add("gpu-job", cloudcodev1.Session_PENDING, func(s *cloudcodev1.Session) {
+		s.Reason, s.Message, s.Node = "NO_NODE", "no node has the label gpu=a100", ""
+	})
+	r.server.events = func(after string, s eventStream) error {
+		_ = s.Send(beat(after))
+		_ = s.Send(&cloudcodev1.SessionEvent{Id: "3-1", Event: &cloudcodev1.SessionEvent_Lifecycle{Lifecycle: &cloudcodev1.LifecycleEvent{Session: main.GetSession()}}})
+		frame, _ := json.Marshal(map[string]any{"directory": "/w", "payload": map[string]any{"type": "message.part.updated", "properties": map[string]any{"part": map[string]any{"type": "text", "text": "Looking at the test " + evil}}}})
+		for i := range 1000 {
+			_ = s.Send(opencodeEvent(fmt.Sprint("3-", i+2), string(frame)))
+		}
+		_ = s.Send(&cloudcodev1.SessionEvent{Id: "3-2000", Event: &cloudcodev1.SessionEvent_Gap{Gap: &cloudcodev1.GapEvent{Message: "12 events are no longer held"}}})
+		<-s.Context().Done()
+		return s.Context().Err()
+	}
+	r.server.logs = func(_ *cloudcodev1.ReadSessionLogsRequest, s grpc.ServerStreamingServer[cloudcodev1.LogEntry]) error {
+		for i := range 60 {
+			_ = s.Send(entry(i))
+		}
+		<-s.Context().Done()
+		return nil
+	}
+
+	b.look(1280, 800, "light")
+	b.call("Page.navigate", map[string]any{"url": r.url("", "/")})
+	b.await(`document.querySelectorAll("#sessions .row").length === 4 && document.querySelectorAll("#nodes .row").length === 2`)
+	b.shot("light")
+	b.look(1280, 800, "dark")
+	b.shot("dark")
+	b.look(400, 860, "light")
+	b.await(`document.documentElement.scrollWidth <= 400`) // nothing sticks out on a phone
+	b.shot("phone")
+	b.look(1280, 800, "dark")
+
+	// Events arrive, bounded in number, and are readable.
+	b.eval(`[...document.querySelectorAll("#sessions .name")].find((e) => e.textContent === "main").click()`)
+	b.await(`document.querySelector("#p-events .gap") !== null && document.querySelectorAll("#p-events .ev").length <= 400`)
+	b.await(`document.querySelector("#d-status").textContent.includes("live")`)
+	b.shot("events")
+	b.eval(`document.querySelector("[data-tab=logs]").click()`)
+	b.await(`document.querySelector("#p-logs").textContent.includes("line 59\n")`)
+	b.shot("logs")
+	b.eval(`document.querySelector("[data-tab=spec]").click()`)
+	b.await(`document.querySelector("#p-spec").textContent.includes("\"generation\": \"3\"")`)
+	b.eval(`document.querySelector("#d-close").click()`)
+
+	// Create sends what was filled in, and shows why it cannot.
+	b.eval(`document.querySelector("#new").click(); const f = document.querySelector("#c-form"); f.elements.id.value = "fresh";
+		f.elements.env.value = "A=b=c\n"; f.elements.labels.value = "team=web"; f.elements.memory.value = "1.5GiB"; f.elements.cpu.value = "x"; f.requestSubmit()`)
+	b.await(`document.querySelector("#c-error").textContent.includes("CPUs")`)
+	b.shot("create")
+	b.eval(`f.elements.cpu.value = "0.5"; f.requestSubmit()`)
+	b.await(`!document.querySelector("#create").open`)
+	r.server.mu.Lock()
+	made := r.server.created
+	r.server.mu.Unlock()
+	res := made.GetSession().GetSpec().GetResources()
+	if made.GetSessionId() != "fresh" || len(made.GetRequestId()) != 36 || made.GetSession().GetSpec().GetEnv()["A"] != "b=c" ||
+		made.GetSession().GetLabels()["team"] != "web" || res.GetMemoryBytes() != 3<<29 || res.GetCpuMillis() != 500 || res.GetPids() != 0 {
+		t.Errorf("the form sent %v", made)
+	}
+	b.await(`document.querySelector("#d-title").textContent === "fresh"`)
+	b.eval(`document.querySelector("#d-close").click()`)
+	if title := b.eval(`document.title`); title != "Cloud Code" {
+		t.Errorf("a name ran as script: title %q", title)
+	}
+	for _, s := range b.said {
+		// The fake server does not know the session that it has "made".
+		if !strings.Contains(s, "/v1/sessions/fresh/events") {
+			t.Errorf("the browser complains: %s", s)
+		}
+	}
+
+	// The page of a session that starts turns into the session.
+	b.said = nil
+	r.backend("api-refactor", 3, openCodePort, func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/html")
+		fmt.Fprint(w, "<title>OpenCode</title>")
+	})
+	b.call("Page.navigate", map[string]any{"url": r.url("api-refactor.localhost", "/")})
+	b.await(`document.querySelector("progress") !== null`)
+	b.shot("starting")
+	r.put(session("api-refactor", cloudcodev1.Session_RUNNING, 3))
+	b.await(`document.title === "OpenCode"`)
+
+	// Below a path, in the API's origin, nothing of a session runs.
+	r.backend("main", 3, openCodePort, func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/html")
+		fmt.Fprint(w, `<title>inert</title><script>document.title="owned"</script>`)
+	})
+	b.call("Page.navigate", map[string]any{"url": r.url("", "/v1/sessions/main/proxy/")})
+	b.await(`document.readyState === "complete" && document.title !== "OpenCode"`)
+	if title := b.eval(`document.title`); title != "inert" {
+		t.Errorf("a session's script runs in the API's origin: %v", title)
+	}
+}
