@@ -88,7 +88,8 @@ func (s *service) WatchEvents(req *nodev1.WatchEventsRequest, stream grpc.Server
 				e := batch[n]
 				size += len(e.Frame)
 				msg.Events = append(msg.Events, &nodev1.RingEvent{
-					Sequence: e.Sequence, Time: timestamppb.New(e.Time), Type: e.Type, Directory: e.Directory, Frame: e.Frame,
+					Sequence: e.Sequence, Generation: e.Generation, Time: timestamppb.New(e.Time),
+					Type: e.Type, Directory: e.Directory, Frame: e.Frame,
 				})
 			}
 			next, batch = batch[n-1].Sequence+1, batch[n:]

@@ -10,11 +10,12 @@ import (
 
 // Event is one event of a session's OpenCode.
 type Event struct {
-	Sequence  uint64
-	Time      time.Time
-	Type      string
-	Directory string
-	Frame     []byte // verbatim JSON
+	Sequence   uint64
+	Generation int64 // of the assignment under which it came
+	Time       time.Time
+	Type       string
+	Directory  string
+	Frame      []byte // verbatim JSON
 }
 
 // TypeGap marks that events before this one are missing although the numbers have

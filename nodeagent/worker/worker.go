@@ -387,7 +387,7 @@ func (w *Worker) watchEvents(ctx context.Context, a *nodev1.Assignment, oc *open
 		err := oc.Watch(ctx, func() {
 			if seen {
 				// What happened between two streams is not known: say so.
-				w.events.Append(ring.Event{Time: time.Now(), Type: ring.TypeGap})
+				w.events.Append(ring.Event{Generation: a.GetGeneration(), Time: time.Now(), Type: ring.TypeGap})
 			}
 			if unresponsive {
 				unresponsive = false
@@ -395,7 +395,7 @@ func (w *Worker) watchEvents(ctx context.Context, a *nodev1.Assignment, oc *open
 			}
 			seen, wait, lostSince = true, first, time.Time{}
 		}, func(e opencode.Event) {
-			w.events.Append(ring.Event{Time: time.Now(), Type: e.Type, Directory: e.Directory, Frame: e.Frame})
+			w.events.Append(ring.Event{Generation: a.GetGeneration(), Time: time.Now(), Type: e.Type, Directory: e.Directory, Frame: e.Frame})
 		})
 		if ctx.Err() != nil {
 			return

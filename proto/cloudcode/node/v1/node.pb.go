@@ -1527,8 +1527,11 @@ type RingEvent struct {
 	Time      *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=time,proto3" json:"time,omitempty"`
 	Type      string                 `protobuf:"bytes,3,opt,name=type,proto3" json:"type,omitempty"`
 	Directory string                 `protobuf:"bytes,4,opt,name=directory,proto3" json:"directory,omitempty"`
-	// Verbatim JSON of OpenCode's frame.
-	Frame         []byte `protobuf:"bytes,5,opt,name=frame,proto3" json:"frame,omitempty"`
+	// Verbatim JSON of OpenCode's frame. Empty if type is `cloudcode.gap`: events
+	// before this one are missing.
+	Frame []byte `protobuf:"bytes,5,opt,name=frame,proto3" json:"frame,omitempty"`
+	// Of the assignment under which the event came.
+	Generation    int64 `protobuf:"varint,6,opt,name=generation,proto3" json:"generation,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1596,6 +1599,13 @@ func (x *RingEvent) GetFrame() []byte {
 		return x.Frame
 	}
 	return nil
+}
+
+func (x *RingEvent) GetGeneration() int64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
 }
 
 type ReadLogsRequest struct {
@@ -1826,13 +1836,16 @@ const file_cloudcode_node_v1_node_proto_rawDesc = "" +
 	"generation\"B\n" +
 	"\n" +
 	"RingEvents\x124\n" +
-	"\x06events\x18\x01 \x03(\v2\x1c.cloudcode.node.v1.RingEventR\x06events\"\x9f\x01\n" +
+	"\x06events\x18\x01 \x03(\v2\x1c.cloudcode.node.v1.RingEventR\x06events\"\xbf\x01\n" +
 	"\tRingEvent\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12.\n" +
 	"\x04time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x12\n" +
 	"\x04type\x18\x03 \x01(\tR\x04type\x12\x1c\n" +
 	"\tdirectory\x18\x04 \x01(\tR\tdirectory\x12\x14\n" +
-	"\x05frame\x18\x05 \x01(\fR\x05frame\"g\n" +
+	"\x05frame\x18\x05 \x01(\fR\x05frame\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x06 \x01(\x03R\n" +
+	"generation\"g\n" +
 	"\x0fReadLogsRequest\x12\x1d\n" +
 	"\n" +
 	"session_id\x18\x01 \x01(\tR\tsessionId\x12\x16\n" +
