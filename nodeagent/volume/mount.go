@@ -92,8 +92,10 @@ func makeDisk(ctx context.Context, path string, size int64) error {
 	if err := truncate(tmp, size); err != nil {
 		return err
 	}
-	// One inode for 8 KiB: workspaces are full of small files.
-	if err := tool(ctx, 0, "mkfs.ext4", "-q", "-F", "-m", "0", "-i", "8192", "-O", "^has_journal",
+	// One inode for 8 KiB: workspaces are full of small files. One percent is for
+	// the machine's root only, who the container's root is not: without it a
+	// session that has filled its disk could not be started again.
+	if err := tool(ctx, 0, "mkfs.ext4", "-q", "-F", "-m", "1", "-i", "8192", "-O", "^has_journal",
 		"-E", "lazy_itable_init=1,nodiscard", tmp); err != nil {
 		_ = os.Remove(tmp)
 		return err

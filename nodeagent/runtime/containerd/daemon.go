@@ -209,7 +209,10 @@ func (d *Daemon) spawn() (*process, error) {
 	cmd := exec.Command(d.bin, "--config", d.conf) // not CommandContext: it outlives us
 	cmd.Stdout, cmd.Stderr = logFile, logFile
 	cmd.Dir = "/"
-	cmd.Env = append(os.Environ(), "PATH="+d.cfg.BinDir+string(os.PathListSeparator)+os.Getenv("PATH"))
+	cmd.Env = os.Environ()
+	if d.cfg.BinDir != "" { // so that it finds our shim and runc before the machine's
+		cmd.Env = append(cmd.Env, "PATH="+d.cfg.BinDir+string(os.PathListSeparator)+os.Getenv("PATH"))
+	}
 	pidfd := -1
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, PidFD: &pidfd}
 	if err := cmd.Start(); err != nil {
@@ -332,20 +335,36 @@ func (p *process) close() { _ = unix.Close(p.pidfd) }
 
 // wait returns whether the process has ended, when it has or when ctx ends.
 func (p *process) wait(ctx context.Context) bool {
-	for {
-		ms := 100
-		if dl, ok := ctx.Deadline(); ok {
-			ms = max(0, min(ms, int(time.Until(dl).Milliseconds())))
+	// The end of ctx is a second descriptor to wait for: no polling.
+	wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(wake)
+	woken := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(woken)
+		_, _ = unix.Write(wake, []byte{1, 0, 0, 0, 0, 0, 0, 0})
+	})
+	defer func() {
+		if !stop() {
+			<-woken // it must not write to a closed descriptor
 		}
-		n, err := unix.Poll([]unix.PollFd{{Fd: int32(p.pidfd), Events: unix.POLLIN}}, ms)
-		if n > 0 {
+	}()
+	for {
+		fds := []unix.PollFd{{Fd: int32(p.pidfd), Events: unix.POLLIN}, {Fd: int32(wake), Events: unix.POLLIN}}
+		_, err := unix.Poll(fds, -1)
+		switch {
+		case errors.Is(err, unix.EINTR):
+		case err != nil:
+			return false
+		case fds[0].Revents != 0:
 			if p.cmd != nil {
 				_ = p.cmd.Wait() // reap; it has ended, so this returns at once
 				p.cmd = nil
 			}
 			return true
-		}
-		if ctx.Err() != nil || err != nil && !errors.Is(err, unix.EINTR) {
+		default:
 			return false
 		}
 	}
