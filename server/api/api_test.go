@@ -187,6 +187,30 @@ func TestCreateGetList(t *testing.T) {
 	}
 }
 
+func TestLargeSessionsMakeShortPages(t *testing.T) {
+	f := newFixture(t, nil)
+	const n = 20
+	for i := range n {
+		f.create(t, fmt.Sprintf("s%02d", i), func(s *cloudcodev1.Session) {
+			s.Spec.Env = map[string]string{"A": strings.Repeat("x", 250<<10)}
+		})
+	}
+	got, pages := 0, 0
+	for token := ""; ; pages++ {
+		resp, err := f.ListSessions(t.Context(), &cloudcodev1.ListSessionsRequest{PageToken: token})
+		if err != nil {
+			t.Fatal(err) // gRPC refuses what is larger than 4 MB
+		}
+		got += len(resp.GetSessions())
+		if token = resp.GetNextPageToken(); token == "" {
+			break
+		}
+	}
+	if got != n || pages < 2 {
+		t.Errorf("%d sessions on %d pages", got, pages+1)
+	}
+}
+
 func TestRequestID(t *testing.T) {
 	f := newFixture(t, nil)
 	req := &cloudcodev1.CreateSessionRequest{

@@ -10,6 +10,8 @@ import (
 const (
 	defaultPage = 100
 	maxPage     = 1000
+	// maxPageBytes ends a page early: clients refuse messages of more than 4 MB.
+	maxPageBytes = 2 << 20
 )
 
 // pageToken says where the next page begins, and for which list.

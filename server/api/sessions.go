@@ -192,7 +192,7 @@ func (s *Sessions) ListSessions(ctx context.Context, req *cloudcodev1.ListSessio
 	}
 	resp := &cloudcodev1.ListSessionsResponse{}
 	err = s.config.Store.View(ctx, func(tx store.ReadTx) error {
-		last := ""
+		last, size := "", 0
 		for sess, err := range tx.Sessions(after) {
 			if err != nil {
 				return err
@@ -200,11 +200,13 @@ func (s *Sessions) ListSessions(ctx context.Context, req *cloudcodev1.ListSessio
 			if !meant(sess) {
 				continue
 			}
-			if len(resp.Sessions) == limit {
+			shown := s.show(sess)
+			size += proto.Size(shown)
+			if n := len(resp.Sessions); n == limit || (n > 0 && size > maxPageBytes) {
 				resp.NextPageToken = nextPage("sessions", req.GetFilter(), last)
 				return nil
 			}
-			resp.Sessions = append(resp.Sessions, s.show(sess))
+			resp.Sessions = append(resp.Sessions, shown)
 			last = sess.ID
 		}
 		return ctx.Err()

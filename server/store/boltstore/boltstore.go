@@ -162,7 +162,6 @@ type call struct {
 	panicked any
 
 	changes []sized
-	wrote   bool
 }
 
 // Update implements store.Store. Updates that wait at the same time share one
