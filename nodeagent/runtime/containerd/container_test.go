@@ -408,3 +408,80 @@ func TestVolume(t *testing.T) {
 		t.Errorf("runs on %q", got)
 	}
 }
+
+// fill writes until not one more block is free.
+func fill(t *testing.T, dir string) {
+	t.Helper()
+	for i, n := range []int{1 << 30, 1 << 16, 4096, 4096, 1} {
+		err := os.WriteFile(filepath.Join(dir, fmt.Sprint("fill", i)), make([]byte, n), 0o600)
+		if i == 0 && !errors.Is(err, unix.ENOSPC) {
+			t.Fatalf("filling %s: %v", dir, err)
+		}
+	}
+}
+
+// TestFullDisk: a full machine says so, and a session that has filled its own
+// disk can be started again, or nobody could clean it.
+func TestFullDisk(t *testing.T) {
+	needReal(t)
+	ctx := testContext(t)
+	m := &volume.Manager{Dir: filepath.Join(t.TempDir(), "volumes")}
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		if err := m.UnmountAll(ctx); err != nil {
+			t.Error(err)
+		}
+	})
+	machine, err := m.Ensure(ctx, "machine", 128<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	v, err := m.Ensure(ctx, "session", volume.MinDiskBytes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e := newEnvIn(t, machine.S3Dir)
+	e.importImage(t, testImage)
+
+	spec := e.spec("full", "serve", "8080")
+	spec.IDBase, spec.ScratchDir = v.IDBase, v.ScratchDir
+	e.mustEnsure(t, spec)
+	if _, err := e.ask(t, "full", "/fill?bytes=80000000&path=/big"); err == nil {
+		t.Fatal("the limit does not hold")
+	}
+	if _, err := e.ask(t, "full", "/fill?bytes=4096&path=/big2"); err == nil {
+		t.Fatal("the disk is not full")
+	}
+	for range 2 {
+		if err := e.Kill(ctx, "full"); err != nil {
+			t.Fatal(err)
+		}
+		e.mustEnsure(t, spec)
+	}
+	e.mustAsk(t, "full", "/")
+
+	fill(t, machine.S3Dir)
+	other := e.spec("other", "serve", "8080")
+	if _, err := e.Ensure(ctx, other, nil); !errors.Is(err, runtime.ErrNoSpace) {
+		t.Errorf("Ensure on a full machine: %v", err)
+	}
+	f, err := os.Open(runtimetest.Archive(t, runtimetest.Image(t, "large"), "localhost/more:v1"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := e.ImportImage(ctx, f, "", nil); !errors.Is(err, runtime.ErrNoSpace) {
+		t.Errorf("ImportImage on a full machine: %v", err)
+	}
+	// It can still be cleaned.
+	if err := e.Kill(ctx, "full"); err != nil {
+		t.Errorf("Kill on a full machine: %v", err)
+	}
+	for i := range 5 {
+		if err := os.Remove(filepath.Join(machine.S3Dir, fmt.Sprint("fill", i))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	e.mustEnsure(t, other)
+}

@@ -92,8 +92,12 @@ func unique(t testing.TB) (bridge, subnet string) {
 func newEnv(t testing.TB) *env {
 	t.Helper()
 	needReal(t)
+	return newEnvIn(t, t.TempDir())
+}
+
+func newEnvIn(t testing.TB, dir string) *env {
+	t.Helper()
 	ctx := testContext(t)
-	dir := t.TempDir()
 	d, err := StartDaemon(ctx, DaemonConfig{BinDir: libexecDir(t), Dir: filepath.Join(dir, "containerd"), Logger: testLogger(t)})
 	if err != nil {
 		t.Fatal(err)
