@@ -61,7 +61,7 @@ password nothing is asked for, and only loopback may be listened on.`,
 			if err != nil {
 				return err
 			}
-			log.Info("server runs", "address", s.Addr())
+			log.Info("server runs", "address", s.Addr().String())
 			<-cmd.Context().Done()
 			return stopBounded(cmd.Context(), s.Stop)
 		},

@@ -82,14 +82,14 @@ func (u *up) run(cmd *cobra.Command) (err error) {
 	token := joinToken(cmd, dataDir)
 
 	u.say("starting gateway")
-	gw, stopGateway, err := u.gateway.start(ctx, dataDir, srv.Addr(), token, localTokens(dataDir), log)
+	gw, stopGateway, err := u.gateway.start(ctx, dataDir, srv.Addr().String(), token, localTokens(dataDir), log)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, stopBounded(ctx, stopGateway)) }()
 
 	u.say("starting node daemon and containerd")
-	cfg, err := u.node.config(dataDir, srv.Addr(), token, log)
+	cfg, err := u.node.config(dataDir, srv.Addr().String(), token, log)
 	if err != nil {
 		return err
 	}
@@ -116,7 +116,7 @@ func (u *up) run(cmd *cobra.Command) (err error) {
 		return interruptedIsFine(ctx, err)
 	}
 	if ctx.Err() == nil {
-		if err := u.print(dataDir, srv.Addr(), gw.BaseURI()); err != nil {
+		if err := u.print(dataDir, srv.Addr().String(), gw.BaseURI()); err != nil {
 			return err
 		}
 	}
