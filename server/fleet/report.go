@@ -2,79 +2,121 @@ package fleet
 
 import (
 	"fmt"
+	"time"
 )
 
-// Change says what a report did to a session.
-type Change int
+// Outcome says what a report changed.
+type Outcome int
 
-// What a report can do.
+// Outcomes of a report.
 const (
-	Unchanged Change = iota // nothing to write
-	Updated                 // numbers changed: write it, tell nobody
-	Moved                   // state, reason or phase changed: write it and tell the watchers
+	Unchanged Outcome = iota // nothing to store
+	Progressed               // to be stored, but not worth an event: progress, a message
+	Changed                  // to be stored, and watchers are told
 )
 
-// ApplyReport takes in what a node says of the session. Returns ErrStale if the
-// report is of another session with the same id, another node or another
-// generation; then nothing is changed.
-func (s *Session) ApplyReport(r Report, node string) (Change, error) {
+// ApplyReport takes over what a node says of the session. Returns ErrStale if
+// the node does not have the session, or the report is of an old assignment or
+// of another session that had the same id, and ErrInvalidArgument for a state
+// that is not known; then nothing is changed.
+//
+// A session that is being deleted stays DELETING whatever is reported. GONE
+// means something only where deletion was asked for: it ends the assignment.
+func (s *Session) ApplyReport(r Report, node string, now time.Time) (Outcome, error) {
 	a := s.Assignment
 	switch {
-	case r.SessionUID != s.UID:
-		return Unchanged, fmt.Errorf("%w: session %s is another one by now", ErrStale, s.ID)
 	case a == nil || a.Node != node:
-		return Unchanged, fmt.Errorf("%w: session %s is not assigned to node %s", ErrStale, s.ID, node)
-	case a.Generation != r.Generation:
-		return Unchanged, fmt.Errorf("%w: session %s is at generation %d, not %d", ErrStale, s.ID, a.Generation, r.Generation)
-	}
-	if r.State == ReportedGone {
-		if !a.Delete {
-			return Unchanged, fmt.Errorf("%w: session %s was not to be removed", ErrStale, s.ID)
-		}
-		s.Assignment = nil
-		return Moved, nil
+		return Unchanged, fmt.Errorf("%w: session %s is not on node %s", ErrStale, s.ID, node)
+	case r.SessionUID != s.UID:
+		return Unchanged, fmt.Errorf("%w: session %s is not the one of uid %s", ErrStale, s.ID, r.SessionUID)
+	case r.Generation != a.Generation:
+		return Unchanged, fmt.Errorf("%w: session %s is at generation %d, the report is of %d", ErrStale, s.ID, a.Generation, r.Generation)
+	case r.State == ReportedGone && !a.Delete:
+		return Unchanged, fmt.Errorf("%w: session %s is not to be deleted", ErrStale, s.ID)
 	}
 	before := *s
-	state := map[ReportedState]State{
-		ReportedStarting: StateStarting, ReportedRunning: StateRunning, ReportedFailed: StateFailed,
-	}[r.State]
+	var err error
 	switch {
-	case state == "":
-		return Unchanged, fmt.Errorf("%w: a node reported the unknown state %q", ErrInvalidArgument, r.State)
-	case s.State == StateDeleting:
-		state = StateDeleting // whatever it does until it is gone
-		if r.Reason == "" && s.Reason != "" {
-			r.Reason, r.Message = s.Reason, s.Message
-		}
+	case r.State == ReportedGone:
+		s.Assignment = nil
+		err = s.SetState(StateDeleting, "", "")
+	case a.Delete:
+		err = s.applyDeleting(r)
+	case s.Deleting: // the node has not been asked yet
+		err = s.SetState(StateDeleting, s.Reason, s.Message)
+	default:
+		err = s.applyRunning(r, now)
 	}
-	if err := s.SetState(state, r.Reason, r.Message); err != nil {
+	if err != nil {
+		*s = before
 		return Unchanged, err
 	}
+	outcome := s.changedSince(&before)
+	if outcome != Unchanged {
+		s.UpdateTime = now
+	}
+	return outcome, nil
+}
+
+// applyDeleting keeps what the node says of why it cannot delete yet. That the
+// node cannot be reached is not the node's to say or to take back.
+func (s *Session) applyDeleting(r Report) error {
+	reason, message := r.Reason, r.Message
+	if reason == "" && s.Reason == ReasonNodeUnreachable {
+		reason, message = s.Reason, s.Message
+	}
+	return s.SetState(StateDeleting, reason, message)
+}
+
+func (s *Session) applyRunning(r Report, now time.Time) error {
+	states := map[ReportedState]State{
+		ReportedStarting: StateStarting, ReportedRunning: StateRunning, ReportedFailed: StateFailed,
+	}
+	state, ok := states[r.State]
+	if !ok {
+		return fmt.Errorf("%w: reported state %q of session %s is not known", ErrInvalidArgument, r.State, s.ID)
+	}
+	was := s.State
+	if err := s.SetState(state, r.Reason, r.Message); err != nil {
+		return err
+	}
 	if state == StateStarting {
-		s.Progress = r.Progress
+		s.Progress = nil
+		if r.Progress != nil {
+			p := *r.Progress
+			s.Progress = &p
+		}
 	}
-	s.RestartCount, s.OpenCodeVersion = r.RestartCount, r.OpenCodeVersion
-	s.ReadyTime = r.ReadyTime
+	s.RestartCount = r.RestartCount
+	if r.OpenCodeVersion != "" {
+		s.OpenCodeVersion = r.OpenCodeVersion
+	}
+	// The last time it became ready stays known while it starts again.
 	switch {
-	case s.State != before.State || s.Reason != before.Reason || s.RestartCount != before.RestartCount || phase(s.Progress) != phase(before.Progress):
-		return Moved, nil
-	case s.Message != before.Message || !s.ReadyTime.Equal(before.ReadyTime) || s.OpenCodeVersion != before.OpenCodeVersion || !sameProgress(s.Progress, before.Progress):
-		return Updated, nil
+	case !r.ReadyTime.IsZero():
+		s.ReadyTime = r.ReadyTime
+	case state == StateRunning && was != StateRunning:
+		s.ReadyTime = now
 	}
-	return Unchanged, nil
+	return nil
 }
 
-func phase(p *Progress) string {
-	if p == nil {
-		return ""
+func (s *Session) changedSince(b *Session) Outcome {
+	switch {
+	case s.State != b.State || s.Reason != b.Reason || s.phase() != b.phase() ||
+		s.RestartCount != b.RestartCount || !s.ReadyTime.Equal(b.ReadyTime):
+		return Changed
+	case s.Message != b.Message || s.OpenCodeVersion != b.OpenCodeVersion || s.Assignment != b.Assignment ||
+		(s.Progress != nil && *s.Progress != *b.Progress): // the phases are equal, so both are there or neither
+		return Progressed
 	}
-	return p.Phase
+	return Unchanged
 }
 
-func sameProgress(a, b *Progress) bool {
-	if a == nil || b == nil {
-		return a == b
+// phase of the start; "-" tells no progress from a progress without a phase.
+func (s *Session) phase() string {
+	if s.Progress == nil {
+		return "-"
 	}
-	return *a == *b
+	return s.Progress.Phase
 }
-

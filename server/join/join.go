@@ -1,7 +1,8 @@
-// Package join gives machines that show the fleet's join token the certificate
-// that they are known by from then on.
+// Package join lets machines into the fleet: who knows the join token gets a
+// certificate that names its role and id, and is known by that from then on.
 //
-//	join.New(join.Config{CA: ca, Token: token, Log: log}) *join.Service
+//	svc := join.New(join.Config{CA: ca, Secret: token.Secret, Logger: log}) // ca is a *pki.CA
+//	nodev1.RegisterJoinServiceServer(grpcServer, svc)
 package join
 
 import (
@@ -13,79 +14,127 @@ import (
 	"time"
 
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/peer"
 
 	"github.com/cloudcode-dev/cloudcode/internal/grpcerr"
 	"github.com/cloudcode-dev/cloudcode/internal/pki"
 	nodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/node/v1"
 )
 
-// certificateLife is how long a member's certificate is good for; members join
-// again when two thirds have passed.
-const certificateLife = 90 * 24 * time.Hour
+const (
+	defaultTTL = 365 * 24 * time.Hour // members join again in the last third of it
 
-// wrongTokenDelay slows guessing down without locking anybody out. Guessing 128
-// random bits is hopeless anyway; this keeps the log short.
-const wrongTokenDelay = time.Second
+	// Who shows a wrong token waits, and only so many wait at a time: that bounds
+	// guesses to a few dozen in a second, whoever makes them. Who shows the right
+	// one never waits, so nobody can lock others out.
+	failureDelay = 500 * time.Millisecond
+	failuresMax  = 32
 
-var memberID = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
+	maxRequest = 16 << 10 // bytes of a certificate request
+)
 
-// Config of a Service.
-type Config struct {
-	CA    *pki.CA
-	Token pki.Token
-	Log   *slog.Logger
+// Reasons of errors. They are part of the API: never rename one.
+const (
+	reasonWrongToken = "WRONG_JOIN_TOKEN"
+	reasonTooMany    = "TOO_MANY_WRONG_TOKENS"
+	reasonInvalid    = "INVALID_FIELDS"
+)
+
+// A name that becomes part of host names and of the certificate.
+var label = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
+
+// Signer signs certificate requests; *pki.CA is one.
+type Signer interface {
+	SignMember(csrDER []byte, id pki.Identity, ttl time.Duration) (certDER []byte, err error)
+	CertDER() []byte
 }
 
-// Service implements nodev1.JoinServiceServer.
+// Config of the service. CA and Secret are needed.
+type Config struct {
+	CA Signer
+	// Secret of the fleet's join token.
+	Secret string
+	// TTL of the certificates; 0: a year.
+	TTL    time.Duration
+	Logger *slog.Logger
+}
+
+// Service serves nodev1.JoinService.
 type Service struct {
 	nodev1.UnimplementedJoinServiceServer
-	cfg    Config
-	secret [sha256.Size]byte
-	guess  chan struct{} // one wrong token is answered at a time
+	config  Config
+	secret  [sha256.Size]byte
+	waiting chan struct{} // one for each caller with a wrong token
 }
 
-// New returns a service.
-func New(cfg Config) *Service {
-	return &Service{cfg: cfg, secret: sha256.Sum256([]byte(cfg.Token.Secret)), guess: make(chan struct{}, 1)}
+var _ nodev1.JoinServiceServer = (*Service)(nil)
+
+// New returns the service. Without a secret nobody can join.
+func New(c Config) *Service {
+	if c.TTL <= 0 {
+		c.TTL = defaultTTL
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	return &Service{config: c, secret: sha256.Sum256([]byte(c.Secret)), waiting: make(chan struct{}, failuresMax)}
 }
 
-// Join implements nodev1.JoinServiceServer.
+// Join implements nodev1.JoinService.
 func (s *Service) Join(ctx context.Context, req *nodev1.JoinRequest) (*nodev1.JoinResponse, error) {
-	got := sha256.Sum256([]byte(req.GetToken()))
-	if subtle.ConstantTimeCompare(got[:], s.secret[:]) != 1 {
+	// Digests are of equal length, so the comparison tells nothing of the secret's.
+	given := sha256.Sum256([]byte(req.GetToken()))
+	if subtle.ConstantTimeCompare(given[:], s.secret[:]) != 1 || s.config.Secret == "" {
 		return nil, s.refuse(ctx, req)
 	}
-	role, ok := map[nodev1.JoinRequest_Role]pki.Role{
-		nodev1.JoinRequest_NODE: pki.RoleNode, nodev1.JoinRequest_GATEWAY: pki.RoleGateway,
-	}[req.GetRole()]
-	if !ok {
-		return nil, grpcerr.New(codes.InvalidArgument, "INVALID_ROLE", "role %v cannot join: join as NODE or GATEWAY", req.GetRole())
+	id := pki.Identity{ID: req.GetId()}
+	switch req.GetRole() {
+	case nodev1.JoinRequest_NODE:
+		id.Role = pki.RoleNode
+	case nodev1.JoinRequest_GATEWAY:
+		id.Role = pki.RoleGateway
+	default:
+		return nil, invalid("role: must be NODE or GATEWAY")
 	}
-	if !memberID.MatchString(req.GetId()) {
-		return nil, grpcerr.New(codes.InvalidArgument, "INVALID_ID", "%q cannot be the id of a member: use a DNS label, at most 63 of a-z, 0-9 and -, beginning and ending with a letter or digit", req.GetId())
+	if !label.MatchString(id.ID) {
+		return nil, invalid("id: %q is no DNS label: at most 63 of a-z, 0-9 and -, no - at either end", clip(id.ID))
 	}
-	id := pki.Identity{Role: role, ID: req.GetId()}
-	cert, err := s.cfg.CA.SignMember(req.GetCertificateRequest(), id, certificateLife)
+	if n := len(req.GetCertificateRequest()); n > maxRequest {
+		return nil, invalid("certificate_request: %d bytes are more than a request needs", n)
+	}
+	cert, err := s.config.CA.SignMember(req.GetCertificateRequest(), id, s.config.TTL)
 	if err != nil {
-		return nil, grpcerr.New(codes.InvalidArgument, "INVALID_CERTIFICATE_REQUEST", "%v", err)
+		return nil, invalid("certificate_request: %v", err)
 	}
-	s.cfg.Log.InfoContext(ctx, "joined", "member", id.String())
-	return &nodev1.JoinResponse{Certificate: cert, CaCertificate: s.cfg.CA.CertDER()}, nil
+	s.config.Logger.InfoContext(ctx, "joined the fleet", "member", id.String(), "from", from(ctx))
+	return &nodev1.JoinResponse{Certificate: cert, CaCertificate: s.config.CA.CertDER()}, nil
 }
 
-// refuse answers a wrong token, slowly; the right one is never held up.
 func (s *Service) refuse(ctx context.Context, req *nodev1.JoinRequest) error {
 	select {
-	case s.guess <- struct{}{}:
-		defer func() { <-s.guess }()
-		select {
-		case <-time.After(wrongTokenDelay):
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	case <-ctx.Done():
-		return ctx.Err()
+	case s.waiting <- struct{}{}:
+		defer func() { <-s.waiting }()
+	default:
+		return grpcerr.New(codes.ResourceExhausted, reasonTooMany, "too many wrong join tokens at this moment: try again in a second")
 	}
-	s.cfg.Log.WarnContext(ctx, "a machine tried to join with a wrong token", "id", req.GetId())
-	return grpcerr.New(codes.Unauthenticated, "INVALID_TOKEN", "the join token is wrong: the server keeps the right one in pki/join-token below its data directory")
+	s.config.Logger.WarnContext(ctx, "wrong join token", "role", req.GetRole().String(), "id", clip(req.GetId()), "from", from(ctx))
+	select {
+	case <-time.After(failureDelay):
+	case <-ctx.Done():
+	}
+	return grpcerr.New(codes.Unauthenticated, reasonWrongToken, "the join token is not that of this fleet: the server keeps it in pki/join-token below its data directory")
+}
+
+func invalid(format string, args ...any) error {
+	return grpcerr.New(codes.InvalidArgument, reasonInvalid, format, args...)
+}
+
+// clip bounds what a stranger can put into logs and errors.
+func clip(s string) string { return s[:min(len(s), 100)] }
+
+func from(ctx context.Context) string {
+	if p, ok := peer.FromContext(ctx); ok && p.Addr != nil {
+		return p.Addr.String()
+	}
+	return ""
 }

@@ -1,211 +1,275 @@
-// Package routes tells gateways where sessions are, and knows which gateways
-// there are.
+// Package routes tells gateways where sessions are, and the rest of the server
+// which gateways there are.
 //
-//	routes.New(routes.Config{Store: s, Identify: …, Log: log}) *routes.Service // gatewayv1.RouteServiceServer
+//	r := routes.New(routes.Config{Store: db, Identify: gatewayID, Path: file, Logger: log})
+//	gatewayv1.RegisterRouteServiceServer(grpcServer, r)
+//	go r.Run(ctx)            // forgets gateways that do not come back
+//	r.Gateways()             // for the dispatcher; with a channel that closes on change
+//	r.WebURI(sessionID)      // for the API
+//
+// A gateway is known from when it opens its stream until Linger after the stream
+// ended, and over a restart of the server (by the file at Path): a node drops its
+// link to a gateway that is not listed, and traffic must go on while server and
+// gateway have lost only one another.
 package routes
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
+	"fmt"
+	"io/fs"
 	"log/slog"
+	"net"
 	"net/url"
+	"os"
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
-	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/protobuf/proto"
 
 	"github.com/cloudcode-dev/cloudcode/internal/grpcerr"
+	"github.com/cloudcode-dev/cloudcode/internal/pki"
 	gatewayv1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/gateway/v1"
 	nodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/node/v1"
-	"github.com/cloudcode-dev/cloudcode/server/fleet"
-	"github.com/cloudcode-dev/cloudcode/server/protoconv"
 	"github.com/cloudcode-dev/cloudcode/server/store"
 )
 
-// chunkBytes bounds one message of the full set, far below gRPC's 4 MB.
-const chunkBytes = 256 << 10
+// defaultLinger is longer than a gateway takes to restart or to notice that its
+// connection is dead.
+const defaultLinger = time.Minute
 
-// Config of a Service.
+// Config of Routes. Store and Identify are needed.
 type Config struct {
 	Store store.Store
-	// Identify returns the id of the gateway that calls.
+	// Identify returns the id of the gateway that calls, from its certificate.
 	Identify func(ctx context.Context) (gatewayID string, err error)
-	Log      *slog.Logger
+	// Path of a file that keeps the known gateways over a restart; empty: none.
+	Path string
+	// Linger is how long a gateway is known after its stream ended; 0: a minute.
+	Linger time.Duration
+	Logger *slog.Logger
 }
 
-// Service implements gatewayv1.RouteServiceServer.
-type Service struct {
+// Routes serves gatewayv1.RouteService and knows the gateways.
+type Routes struct {
 	gatewayv1.UnimplementedRouteServiceServer
-	cfg Config
+	config Config
+	log    *slog.Logger
 
 	mu       sync.Mutex
-	gateways map[string]*member
-	changed  chan struct{} // closed and replaced when gateways changes
+	gateways map[string]*gateway
+	changed  chan struct{} // closed and replaced when the list changes
+	wake     chan struct{} // holds one: Run looks again
+
+	saving sync.Mutex // held while the file is written
 }
 
-// member is a gateway whose stream is open.
-type member struct {
-	linkAddress string
-	baseURI     *url.URL // nil if it announced none
-	replaced    chan struct{}
+// gateway is one known gateway. Guarded by Routes.mu.
+type gateway struct {
+	ID      string `json:"id"`
+	Address string `json:"address"`
+	BaseURI string `json:"base_uri"`
+
+	end     context.CancelFunc // ends the open stream; nil if there is none
+	expires time.Time          // without a stream: when it is forgotten
 }
 
-// New returns a service.
-func New(cfg Config) *Service {
-	return &Service{cfg: cfg, gateways: map[string]*member{}, changed: make(chan struct{})}
-}
+var _ gatewayv1.RouteServiceServer = (*Routes)(nil)
 
-// Gateways returns the gateways that nodes link to, by id, and a channel that is
-// closed when they change.
-func (s *Service) Gateways() ([]*nodev1.Gateway, <-chan struct{}) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	var all []*nodev1.Gateway
-	for id, m := range s.gateways {
-		if m.linkAddress != "" {
-			all = append(all, &nodev1.Gateway{Id: id, Address: m.linkAddress})
-		}
+// New returns Routes that knows the gateways of the file. A file that cannot be
+// read is no reason not to start: gateways come back by themselves.
+func New(c Config) *Routes {
+	if c.Linger <= 0 {
+		c.Linger = defaultLinger
 	}
-	slices.SortFunc(all, func(a, b *nodev1.Gateway) int { return strings.Compare(a.GetId(), b.GetId()) })
-	return all, s.changed
-}
-
-// WebURI is where a browser finds a session's OpenCode, by the gateway with the
-// first id; empty while there is none.
-func (s *Service) WebURI(session string) string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	first := ""
-	for id, m := range s.gateways {
-		if m.baseURI != nil && (first == "" || id < first) {
-			first = id
-		}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
 	}
-	if first == "" {
-		return ""
+	r := &Routes{
+		config: c, log: c.Logger, gateways: map[string]*gateway{},
+		changed: make(chan struct{}), wake: make(chan struct{}, 1),
 	}
-	u := *s.gateways[first].baseURI
-	u.Host = session + "." + u.Host
-	u.Path = "/"
-	return u.String()
-}
-
-// add announces a gateway; an older stream of the same one ends.
-func (s *Service) add(id string, m *member) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if old := s.gateways[id]; old != nil {
-		close(old.replaced)
-	}
-	s.gateways[id] = m
-	close(s.changed)
-	s.changed = make(chan struct{})
-}
-
-func (s *Service) remove(id string, m *member) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.gateways[id] != m {
-		return
-	}
-	delete(s.gateways, id)
-	close(s.changed)
-	s.changed = make(chan struct{})
-}
-
-// WatchRoutes implements gatewayv1.RouteServiceServer.
-func (s *Service) WatchRoutes(req *gatewayv1.WatchRoutesRequest, stream grpc.ServerStreamingServer[gatewayv1.WatchRoutesResponse]) error {
-	ctx, cancel := context.WithCancel(stream.Context())
-	defer cancel()
-	id, err := s.cfg.Identify(ctx)
+	known, err := load(c.Path)
 	if err != nil {
-		return err
+		r.log.Warn("cannot read which gateways there were", "error", err)
 	}
-	m := &member{linkAddress: req.GetLinkAddress(), replaced: make(chan struct{})}
-	if req.GetBaseUri() != "" {
-		if m.baseURI, err = url.Parse(req.GetBaseUri()); err != nil || m.baseURI.Host == "" {
-			return grpcerr.New(codes.InvalidArgument, "INVALID_BASE_URI", "%q is not where a browser could reach a gateway: use something like http://localhost:8080", req.GetBaseUri())
-		}
-	}
-	s.add(id, m)
-	defer s.remove(id, m)
-	s.cfg.Log.Info("gateway connected", "gateway", id, "links", m.linkAddress, "base_uri", req.GetBaseUri())
-	go func() { // ends with ctx, which ends when we return
-		select {
-		case <-m.replaced:
-			cancel()
-		case <-ctx.Done():
-		}
-	}()
-
-	revision, err := s.sendAll(ctx, stream)
-	if err != nil {
-		return err
-	}
-	for c, err := range s.cfg.Store.Watch(ctx, revision) {
-		switch {
-		case errors.Is(err, fleet.ErrStale):
-			return grpcerr.New(codes.Aborted, "TOO_SLOW", "this gateway fell behind: watch again")
-		case err != nil:
-			return err
-		case c.Kind != store.KindSession:
-			continue
-		}
-		changes := &gatewayv1.RouteChanges{Removes: []string{c.ID}}
-		if c.Session != nil {
-			changes = &gatewayv1.RouteChanges{Upserts: []*gatewayv1.Route{s.route(c.Session)}}
-		}
-		if err := stream.Send(&gatewayv1.WatchRoutesResponse{Update: &gatewayv1.WatchRoutesResponse_Changes{Changes: changes}}); err != nil {
-			return err
-		}
-	}
-	if stream.Context().Err() == nil {
-		return grpcerr.New(codes.Aborted, "REPLACED", "gateway %s has connected again", id)
-	}
-	return ctx.Err()
-}
-
-// sendAll sends the full set, and returns at which revision it was.
-func (s *Service) sendAll(ctx context.Context, stream grpc.ServerStreamingServer[gatewayv1.WatchRoutesResponse]) (store.Revision, error) {
-	var revision store.Revision
-	chunk, size := &gatewayv1.RouteChunk{}, 0
-	var all []*gatewayv1.RouteChunk // sent outside the transaction: a slow gateway must not hold it
-	err := s.cfg.Store.View(ctx, func(tx store.ReadTx) error {
-		revision = tx.Revision()
-		for session, err := range tx.Sessions("") {
-			if err != nil {
-				return err
-			}
-			r := s.route(session)
-			n := proto.Size(r)
-			if size > 0 && size+n > chunkBytes {
-				all = append(all, chunk)
-				chunk, size = &gatewayv1.RouteChunk{}, 0
-			}
-			chunk.Routes = append(chunk.Routes, r)
-			size += n
-		}
-		return nil
-	})
-	if err != nil {
-		return 0, err
-	}
-	chunk.Last = true
-	for _, c := range append(all, chunk) {
-		if err := stream.Send(&gatewayv1.WatchRoutesResponse{Update: &gatewayv1.WatchRoutesResponse_Snapshot{Snapshot: c}}); err != nil {
-			return 0, err
-		}
-	}
-	return revision, nil
-}
-
-func (s *Service) route(session *fleet.Session) *gatewayv1.Route {
-	r := &gatewayv1.Route{Session: protoconv.Session(session, s.WebURI(session.ID))}
-	if a := session.Assignment; a != nil {
-		r.NodeId, r.OpencodePassword = a.Node, a.Password
+	for _, g := range known {
+		g.expires = time.Now().Add(c.Linger)
+		r.gateways[g.ID] = g
 	}
 	return r
+}
+
+// Gateways returns the known gateways by id, and a channel that closes when that
+// has changed.
+func (r *Routes) Gateways() ([]*nodev1.Gateway, <-chan struct{}) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	list := make([]*nodev1.Gateway, 0, len(r.gateways))
+	for _, g := range r.gateways {
+		list = append(list, &nodev1.Gateway{Id: g.ID, Address: g.Address})
+	}
+	slices.SortFunc(list, func(a, b *nodev1.Gateway) int { return strings.Compare(a.GetId(), b.GetId()) })
+	return list, r.changed
+}
+
+// BaseURI returns where browsers reach a gateway: of those with an open stream,
+// else of those known, the one with the smallest id. Empty if there is none.
+func (r *Routes) BaseURI() string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var best *gateway
+	for _, g := range r.gateways {
+		if best == nil || (g.end != nil) != (best.end != nil) && g.end != nil ||
+			(g.end != nil) == (best.end != nil) && g.ID < best.ID {
+			best = g
+		}
+	}
+	if best == nil {
+		return ""
+	}
+	return best.BaseURI
+}
+
+// WebURI returns where a browser finds a session's OpenCode,
+// "http://{id}.host:port/"; empty while no gateway is known.
+func (r *Routes) WebURI(sessionID string) string { return webURI(r.BaseURI(), sessionID) }
+
+func webURI(base, sessionID string) string {
+	u, err := url.Parse(base)
+	if err != nil || u.Host == "" {
+		return ""
+	}
+	return (&url.URL{Scheme: u.Scheme, Host: sessionID + "." + u.Host, Path: "/"}).String()
+}
+
+// Run forgets gateways that did not come back, until ctx ends.
+func (r *Routes) Run(ctx context.Context) error {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-r.wake:
+		case <-timer.C:
+		}
+		next, gone := r.forget(time.Now())
+		for _, id := range gone {
+			r.log.WarnContext(ctx, "a gateway did not come back", "gateway", id, "waited", r.config.Linger)
+		}
+		if len(gone) > 0 {
+			r.save(ctx)
+		}
+		timer.Reset(next)
+	}
+}
+
+// forget removes who is due, and says how long nobody else will be.
+func (r *Routes) forget(now time.Time) (next time.Duration, gone []string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	next = time.Hour
+	for id, g := range r.gateways {
+		switch {
+		case g.end != nil:
+		case !g.expires.After(now):
+			delete(r.gateways, id)
+			gone = append(gone, id)
+		default:
+			next = min(next, g.expires.Sub(now))
+		}
+	}
+	if len(gone) > 0 {
+		r.notify()
+	}
+	return next, gone
+}
+
+func (r *Routes) notify() {
+	close(r.changed)
+	r.changed = make(chan struct{})
+}
+
+// connect makes a gateway known. Its older stream ends.
+func (r *Routes) connect(g *gateway) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	old := r.gateways[g.ID]
+	if old != nil && old.end != nil {
+		old.end()
+	}
+	r.gateways[g.ID] = g
+	if old == nil || old.Address != g.Address {
+		r.notify()
+	}
+}
+
+// disconnect says that the stream of g has ended; a newer one stays.
+func (r *Routes) disconnect(g *gateway) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.gateways[g.ID] != g {
+		return
+	}
+	g.end, g.expires = nil, time.Now().Add(r.config.Linger)
+	select {
+	case r.wake <- struct{}{}:
+	default:
+	}
+}
+
+func load(path string) ([]*gateway, error) {
+	if path == "" {
+		return nil, nil
+	}
+	data, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	} else if err != nil {
+		return nil, err
+	}
+	var known []*gateway
+	if err := json.Unmarshal(data, &known); err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return slices.DeleteFunc(known, func(g *gateway) bool { return g == nil || g.ID == "" || g.check() != nil }), nil
+}
+
+// save writes the known gateways. The order of two saves does not matter: each
+// writes what is known when it runs.
+func (r *Routes) save(ctx context.Context) {
+	if r.config.Path == "" {
+		return
+	}
+	r.saving.Lock()
+	defer r.saving.Unlock()
+	r.mu.Lock()
+	known := make([]gateway, 0, len(r.gateways))
+	for _, g := range r.gateways {
+		known = append(known, gateway{ID: g.ID, Address: g.Address, BaseURI: g.BaseURI})
+	}
+	r.mu.Unlock()
+	slices.SortFunc(known, func(a, b gateway) int { return strings.Compare(a.ID, b.ID) })
+	data, err := json.MarshalIndent(known, "", "  ")
+	if err == nil {
+		err = pki.WriteFile(r.config.Path, append(data, '\n'), 0o600)
+	}
+	if err != nil {
+		r.log.WarnContext(ctx, "cannot keep which gateways there are; nodes drop their links to them if the server restarts now", "error", err)
+	}
+}
+
+// check returns INVALID_ARGUMENT if an address is none.
+func (g *gateway) check() error {
+	if host, port, err := net.SplitHostPort(g.Address); err != nil || host == "" || port == "" || port == "0" {
+		return grpcerr.New(codes.InvalidArgument, "INVALID_FIELDS", "link_address: %q is not the host:port of a gateway", g.Address)
+	}
+	if u, err := url.Parse(g.BaseURI); err != nil || u.Host == "" || (u.Scheme != "http" && u.Scheme != "https") {
+		return grpcerr.New(codes.InvalidArgument, "INVALID_FIELDS", "base_uri: %q is not like http://host:port", g.BaseURI)
+	}
+	return nil
 }
