@@ -1,172 +1,143 @@
 package dispatch
 
 import (
-	"context"
-	"errors"
-	"iter"
+	"slices"
+	"strings"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/proto"
 
-	"github.com/cloudcode-dev/cloudcode/internal/grpcerr"
 	nodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/node/v1"
-	"github.com/cloudcode-dev/cloudcode/server/fleet"
-	"github.com/cloudcode-dev/cloudcode/server/protoconv"
-	"github.com/cloudcode-dev/cloudcode/server/store"
 )
 
-// chunkBytes bounds one message of the full set, far below gRPC's 4 MB.
-const chunkBytes = 256 << 10
+// Bounds of one message; gRPC refuses more than 4 MiB.
+const (
+	chunkItems = 100
+	chunkBytes = 256 << 10
+)
 
-// WatchAssignments implements nodev1.DispatchServiceServer.
+// WatchAssignments implements nodev1.DispatchService. The stream ends with the
+// registration.
 func (d *Dispatcher) WatchAssignments(req *nodev1.WatchAssignmentsRequest, stream grpc.ServerStreamingServer[nodev1.WatchAssignmentsResponse]) error {
-	ctx, cancel := context.WithCancel(stream.Context())
-	defer cancel()
-	node, lease, err := d.current(ctx, req.GetRegistrationId())
+	ctx := stream.Context()
+	id, err := d.node(ctx)
 	if err != nil {
 		return err
 	}
-	revision, known, err := d.sendAll(ctx, node, stream)
+	over, err := d.current(id, req.GetRegistrationId())
 	if err != nil {
 		return err
 	}
-
-	// The store's feed is a blocking iterator; it gets a goroutine of its own,
-	// which ends with ctx.
-	type item struct {
-		change store.Change
-		err    error
+	select {
+	case <-d.mirror.loaded:
+	case <-over:
+		return expired(id)
+	case <-ctx.Done():
+		return ctx.Err()
 	}
-	feed := make(chan item)
-	go func() {
-		defer close(feed)
-		for c, err := range d.cfg.Store.Watch(ctx, revision) {
-			select {
-			case feed <- item{c, err}:
-			case <-ctx.Done():
-				return
-			}
-		}
-	}()
-	gateways, changed := d.cfg.Gateways.Gateways()
-	for sendGateways := true; ; {
-		if sendGateways {
-			if err := stream.Send(&nodev1.WatchAssignmentsResponse{Update: &nodev1.WatchAssignmentsResponse_Gateways{
-				Gateways: &nodev1.GatewayList{Gateways: gateways},
-			}}); err != nil {
-				return err
-			}
-			sendGateways = false
-		}
+	gateways, moved := d.config.Gateways.Gateways()
+	if err := sendGateways(stream, gateways); err != nil {
+		return err
+	}
+	full, w := d.mirror.watch(id)
+	defer d.mirror.unwatch(w)
+	s := &assignmentStream{stream: stream, sent: map[string]string{}}
+	if err := s.snapshot(full); err != nil {
+		return err
+	}
+	for {
 		select {
-		case i, ok := <-feed:
-			switch {
-			case !ok:
-				return ctx.Err()
-			case errors.Is(i.err, fleet.ErrStale):
-				return grpcerr.New(codes.Aborted, "TOO_SLOW", "this node fell behind: watch again")
-			case i.err != nil:
-				return i.err
-			}
-			if changes := delta(node, i.change, known); changes != nil {
-				if err := stream.Send(&nodev1.WatchAssignmentsResponse{Update: &nodev1.WatchAssignmentsResponse_Changes{Changes: changes}}); err != nil {
-					return err
-				}
-			}
-		case <-changed:
-			gateways, changed = d.cfg.Gateways.Gateways()
-			sendGateways = true
-		case <-lease.ended:
-			return grpcerr.New(codes.FailedPrecondition, "REGISTRATION_EXPIRED", "node %s has registered again", node)
+		case <-w.wake:
+			err = s.changes(d.mirror.take(w))
+		case <-moved:
+			gateways, moved = d.config.Gateways.Gateways()
+			err = sendGateways(stream, gateways)
+		case <-over:
+			return expired(id)
 		case <-ctx.Done():
 			return ctx.Err()
 		}
+		if err != nil {
+			return err
+		}
 	}
 }
 
-// sendAll sends the full set, and returns at which revision it was and what was sent.
-func (d *Dispatcher) sendAll(ctx context.Context, node string, stream grpc.ServerStreamingServer[nodev1.WatchAssignmentsResponse]) (store.Revision, map[string]*nodev1.Assignment, error) {
-	var revision store.Revision
-	known := map[string]*nodev1.Assignment{}
-	err := d.cfg.Store.View(ctx, func(tx store.ReadTx) error {
-		revision = tx.Revision()
-		for s, err := range tx.Sessions("") {
-			if err != nil {
-				return err
-			}
-			if a := assignment(node, s); a != nil {
-				known[s.ID] = a
-			}
-		}
-		return nil
+func sendGateways(stream grpc.ServerStreamingServer[nodev1.WatchAssignmentsResponse], list []*nodev1.Gateway) error {
+	return stream.Send(&nodev1.WatchAssignmentsResponse{Update: &nodev1.WatchAssignmentsResponse_Gateways{
+		Gateways: &nodev1.GatewayList{Gateways: list},
+	}})
+}
+
+// assignmentStream knows what its node was told.
+type assignmentStream struct {
+	stream grpc.ServerStreamingServer[nodev1.WatchAssignmentsResponse]
+	sent   map[string]string // session id to uid
+}
+
+func (s *assignmentStream) snapshot(full map[string]placed) error {
+	all := make([]*nodev1.Assignment, 0, len(full))
+	for _, p := range full {
+		all = append(all, p.proto())
+	}
+	return s.upsert(all, func(chunk []*nodev1.Assignment, last bool) *nodev1.WatchAssignmentsResponse {
+		return &nodev1.WatchAssignmentsResponse{Update: &nodev1.WatchAssignmentsResponse_Snapshot{
+			Snapshot: &nodev1.AssignmentChunk{Assignments: chunk, Last: last},
+		}}
 	})
-	if err != nil {
-		return 0, nil, err
-	}
-	for chunk := range chunks(known) {
-		if err := stream.Send(&nodev1.WatchAssignmentsResponse{Update: &nodev1.WatchAssignmentsResponse_Snapshot{Snapshot: chunk}}); err != nil {
-			return 0, nil, err
-		}
-	}
-	return revision, known, nil
 }
 
-// chunks yields at least one chunk; the last one says so.
-func chunks(all map[string]*nodev1.Assignment) iter.Seq[*nodev1.AssignmentChunk] {
-	return func(yield func(*nodev1.AssignmentChunk) bool) {
-		chunk, size := &nodev1.AssignmentChunk{}, 0
-		for _, a := range all {
-			n := proto.Size(a)
-			if size > 0 && size+n > chunkBytes {
-				if !yield(chunk) {
-					return
-				}
-				chunk, size = &nodev1.AssignmentChunk{}, 0
+func (s *assignmentStream) changes(changes map[string]placed) error {
+	var upserts []*nodev1.Assignment
+	var removes []string
+	for id, p := range changes {
+		uid, told := s.sent[id]
+		// Of a session that was deleted and made again under its id, the node must
+		// first hear that the old one is gone.
+		if told && (p.session == nil || p.session.UID != uid) {
+			removes = append(removes, id)
+			delete(s.sent, id)
+		}
+		if p.session != nil {
+			upserts = append(upserts, p.proto())
+		}
+	}
+	slices.Sort(removes)
+	for chunk := range slices.Chunk(removes, chunkItems) {
+		if err := s.stream.Send(&nodev1.WatchAssignmentsResponse{Update: &nodev1.WatchAssignmentsResponse_Changes{
+			Changes: &nodev1.AssignmentChanges{Removes: chunk},
+		}}); err != nil {
+			return err
+		}
+	}
+	if len(upserts) == 0 {
+		return nil
+	}
+	return s.upsert(upserts, func(chunk []*nodev1.Assignment, _ bool) *nodev1.WatchAssignmentsResponse {
+		return &nodev1.WatchAssignmentsResponse{Update: &nodev1.WatchAssignmentsResponse_Changes{
+			Changes: &nodev1.AssignmentChanges{Upserts: chunk},
+		}}
+	})
+}
+
+// upsert sends assignments in chunks, at least one.
+func (s *assignmentStream) upsert(all []*nodev1.Assignment, message func(chunk []*nodev1.Assignment, last bool) *nodev1.WatchAssignmentsResponse) error {
+	slices.SortFunc(all, func(a, b *nodev1.Assignment) int { return strings.Compare(a.GetSessionId(), b.GetSessionId()) })
+	for {
+		n, size := 0, 0
+		for n < len(all) && n < chunkItems {
+			// One alone may be larger; a spec is far below what gRPC takes.
+			if size += proto.Size(all[n]); size > chunkBytes && n > 0 {
+				break
 			}
-			chunk.Assignments = append(chunk.Assignments, a)
-			size += n
+			s.sent[all[n].GetSessionId()] = all[n].GetSessionUid()
+			n++
 		}
-		chunk.Last = true
-		yield(chunk)
-	}
-}
-
-// assignment of a session to a node; nil if it is not assigned to it.
-func assignment(node string, s *fleet.Session) *nodev1.Assignment {
-	a := s.Assignment
-	if a == nil || a.Node != node {
-		return nil
-	}
-	desired := nodev1.Assignment_RUN
-	if a.Delete {
-		desired = nodev1.Assignment_DELETE
-	}
-	return &nodev1.Assignment{
-		SessionId: s.ID, SessionUid: s.UID, Generation: int64(a.Generation), DesiredState: desired,
-		Spec: protoconv.Spec(a.Spec), OpencodePassword: a.Password,
-	}
-}
-
-// delta is what a change means to a node that knows some assignments; nil if
-// nothing. known is brought up to date.
-func delta(node string, c store.Change, known map[string]*nodev1.Assignment) *nodev1.AssignmentChanges {
-	if c.Kind != store.KindSession {
-		return nil
-	}
-	var now *nodev1.Assignment
-	if c.Session != nil {
-		now = assignment(node, c.Session)
-	}
-	before := known[c.ID]
-	switch {
-	case now == nil && before == nil, now != nil && proto.Equal(now, before):
-		return nil
-	case now == nil:
-		delete(known, c.ID)
-		return &nodev1.AssignmentChanges{Removes: []string{c.ID}}
-	default:
-		known[c.ID] = now
-		return &nodev1.AssignmentChanges{Upserts: []*nodev1.Assignment{now}}
+		if err := s.stream.Send(message(all[:n], n == len(all))); err != nil {
+			return err
+		}
+		if all = all[n:]; len(all) == 0 {
+			return nil
+		}
 	}
 }
