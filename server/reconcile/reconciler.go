@@ -18,7 +18,14 @@ import (
 const (
 	retryFirst = 500 * time.Millisecond // after a failure, doubled each time …
 	retryMax   = 30 * time.Second       // … up to this
-	parallel   = 64                     // transactions at a time: they share their writes to disk
+
+	// A large fleet changes all the time, and each plan looks at all of it: after
+	// one, the reconciler rests for a multiple of what it took.
+	restRatio    = 4
+	shortestRest = 5 * time.Millisecond // less is not worth waiting for
+	longestRest  = time.Second
+
+	parallel = 64 // transactions at a time: they share their writes to disk
 )
 
 // Reconciler keeps applying Plan to a store.
@@ -59,7 +66,10 @@ func (r *Reconciler) Run(ctx context.Context) error {
 		if revision < applied {
 			continue // what we did ourselves is not in the cache yet, but will be
 		}
-		newest, err := r.apply(ctx, Plan(snap, time.Now().UTC()))
+		start := time.Now()
+		plan := Plan(snap, start.UTC())
+		rest := min(restRatio*time.Since(start), longestRest)
+		newest, err := r.apply(ctx, plan)
 		applied = max(applied, newest)
 		if retry != nil {
 			retry.Stop()
@@ -67,6 +77,9 @@ func (r *Reconciler) Run(ctx context.Context) error {
 		due = nil
 		if err == nil {
 			pause = retryFirst
+			if rest > shortestRest {
+				sleep(ctx, rest) // changes gather meanwhile
+			}
 			continue
 		}
 		if ctx.Err() == nil {
@@ -210,13 +223,17 @@ func (r *Reconciler) follow(ctx context.Context, c *cache) error {
 			continue // fell behind: read everything again
 		}
 		r.log.ErrorContext(ctx, "cannot read the state; trying again", "error", err, "pause", pause)
-		select {
-		case <-time.After(pause):
-		case <-ctx.Done():
-		}
+		sleep(ctx, pause)
 		pause = min(2*pause, retryMax)
 	}
 	return nil
+}
+
+func sleep(ctx context.Context, d time.Duration) {
+	select {
+	case <-time.After(d):
+	case <-ctx.Done():
+	}
 }
 
 func (c *cache) load(ctx context.Context, s store.Store) error {
