@@ -107,7 +107,9 @@ func TestLogs(t *testing.T) {
 	}
 	a = r.get(r.url("", "/v1/sessions/main/logs"))
 	lines := strings.Split(strings.TrimSpace(a.body), "\n")
-	var first struct{ Result struct{ Line, Stream, Time string } }
+	var first struct {
+		Result struct{ Line, Stream, Time string }
+	}
 	if err := json.Unmarshal([]byte(lines[0]), &first); err != nil || len(lines) != 3 || first.Result.Line != "line 0" || first.Result.Time == "" {
 		t.Errorf("%q %v", a.body, err)
 	}

@@ -56,7 +56,11 @@ func writeError(w http.ResponseWriter, r *http.Request, httpStatus int, p proble
 	var body []byte
 	switch {
 	case wantsPage(r):
-		writePage(w, httpStatus, page{Title: http.StatusText(httpStatus), Message: p.message, Reason: p.reason})
+		pg := page{Title: http.StatusText(httpStatus), Message: p.message, Reason: p.reason}
+		if h.Get("Retry-After") != "" {
+			pg.Reload = 3
+		}
+		writePage(w, httpStatus, pg)
 		return
 	case prefersText(r):
 		h.Set("Content-Type", "text/plain; charset=utf-8")

@@ -199,6 +199,8 @@ func (p *proxy) rewrite(pr *httputil.ProxyRequest) {
 			out.URL.Path, out.URL.RawPath = path, rest
 		}
 		out.Header.Set("X-Forwarded-Prefix", x.prefix)
+		// Cookies of the bare host are not the session's: it can set none here.
+		out.Header.Del("Cookie")
 	}
 	pr.SetXForwarded()
 	if p.g.baseURI.Scheme == "https" { // TLS ends in front of us

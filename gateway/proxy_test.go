@@ -55,7 +55,10 @@ func TestProxyByHostAndPath(t *testing.T) {
 		{r.url("", "/v1/sessions/main/proxy"), "/", "/v1/sessions/main/proxy"},
 		{r.url("", "/v1/sessions/main/ports/3000/x/"), "/x/", "/v1/sessions/main/ports/3000"},
 	} {
-		e := decode(t, r.do(http.MethodPost, c.url, strings.NewReader("hello"), "X-Forwarded-For", "6.6.6.6"))
+		e := decode(t, r.do(http.MethodPost, c.url, strings.NewReader("hello"), "X-Forwarded-For", "6.6.6.6", "Cookie", "a=b"))
+		if got := e.Headers.Get("Cookie"); (got == "") != (c.prefix != "") {
+			t.Errorf("%s: cookie %q", c.url, got)
+		}
 		if e.URI != c.uri || e.Body != "hello" || e.Method != http.MethodPost {
 			t.Errorf("%s reached the session as %s %s %q", c.url, e.Method, e.URI, e.Body)
 		}

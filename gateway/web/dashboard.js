@@ -69,7 +69,7 @@ const badge = (state) => el("span", { class: "badge " + (looks[state] || "off") 
 const webURI = (s) => s.webUri || base.protocol + "//" + idOf(s.name) + "." + base.host + "/";
 const chips = (labels) => {
   const all = Object.entries(labels || {}).sort();
-  return all.length ? el("span", { class: "chips" }, all.map(([k, v]) => el("span", { class: "chip" }, v ? k + "=" + v : k))) : null;
+  return all.length ? el("span", { class: "chips" }, all.map(([k, v]) => el("span", { class: "chip", title: v ? k + "=" + v : k }, v ? k + "=" + v : k))) : null;
 };
 
 // Rows are kept, and made anew only when what they show has changed: a click
