@@ -93,6 +93,8 @@ func pkiDir(dataDir string) string    { return filepath.Join(dataDir, "pki") }
 func serverDir(dataDir string) string { return filepath.Join(dataDir, "server") }
 func storePath(dataDir string) string { return filepath.Join(serverDir(dataDir), "fleet.db") }
 
+func gatewaysPath(dataDir string) string { return filepath.Join(serverDir(dataDir), "gateways.json") }
+
 // TokenPath is where the server keeps the token that is always accepted as
 // `authorization: Bearer …`, for those who can read it.
 func TokenPath(dataDir string) string { return filepath.Join(serverDir(dataDir), "token") }

@@ -126,10 +126,12 @@ func (s *Server) Start(ctx context.Context) (err error) {
 	if err != nil {
 		return fmt.Errorf("the join token: %w", err)
 	}
-	nodev1.RegisterJoinServiceServer(s.grpc, join.New(join.Config{CA: ca, Token: joinToken, Log: s.log}))
-	gateways := routes.New(routes.Config{Store: db, Identify: identify(pki.RoleGateway), Log: s.log})
+	nodev1.RegisterJoinServiceServer(s.grpc, join.New(join.Config{CA: ca, Secret: joinToken.Secret, Logger: s.log}))
+	gateways := routes.New(routes.Config{
+		Store: db, Identify: identify(pki.RoleGateway), Path: gatewaysPath(s.config.DataDir), Logger: s.log,
+	})
 	gatewayv1.RegisterRouteServiceServer(s.grpc, gateways)
-	dispatcher := dispatch.New(dispatch.Config{Store: db, Gateways: gateways, Identify: identify(pki.RoleNode), Log: s.log})
+	dispatcher := dispatch.New(dispatch.Config{Store: db, Gateways: gateways, Identify: identify(pki.RoleNode), Logger: s.log})
 	nodev1.RegisterDispatchServiceServer(s.grpc, dispatcher)
 	hub := link.NewHub(identify(pki.RoleNode), s.log)
 	linkv1.RegisterLinkServiceServer(s.grpc, hub)
@@ -146,6 +148,7 @@ func (s *Server) Start(ctx context.Context) (err error) {
 	healthv1.RegisterHealthServer(s.grpc, healthServer)
 	reflection.Register(s.grpc)
 
+	s.background("routes", gateways.Run)
 	s.background("dispatcher", dispatcher.Run)
 	s.background("reconciler", reconcile.New(db, s.log).Run)
 
