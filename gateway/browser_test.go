@@ -302,3 +302,57 @@ func TestDashboardInChromium(t *testing.T) {
 		t.Errorf("a session's script runs in the API's origin: %v", title)
 	}
 }
+
+// With a password, a browser that has signed in once uses everything: pages,
+// fetch, event streams and WebSockets.
+func TestSignedInChromium(t *testing.T) {
+	b := newBrowser(t)
+	r := start(t, Config{Username: "ann", Password: "pw"})
+	r.linkNode()
+	r.run("main", func(w http.ResponseWriter, req *http.Request) {
+		switch req.URL.Path {
+		case "/ws":
+			wsEcho(w, req)
+		case "/event":
+			w.Header().Set("Content-Type", "text/event-stream")
+			fmt.Fprint(w, "data: hello\n\n")
+			_ = http.NewResponseController(w).Flush()
+			<-req.Context().Done()
+		case "/api":
+			_, pass, _ := req.BasicAuth()
+			fmt.Fprint(w, pass)
+		default:
+			w.Header().Set("Content-Type", "text/html")
+			fmt.Fprint(w, "<title>OpenCode</title>")
+		}
+	})
+	b.call("Page.navigate", map[string]any{"url": strings.Replace(r.url("main.localhost", "/"), "http://", "http://ann:pw@", 1)})
+	b.await(`document.title === "OpenCode"`)
+	// Without the credentials in the address, as a user has it.
+	b.call("Page.navigate", map[string]any{"url": r.url("main.localhost", "/again")})
+	b.await(`location.pathname === "/again" && document.title === "OpenCode"`)
+	for what, js := range map[string]string{
+		"fetch":       `fetch("/api", {method: "POST"}).then((r) => r.text())`,
+		"EventSource": `new Promise((ok) => { const e = new EventSource("/event"); e.onmessage = (m) => { e.close(); ok(m.data) }; e.onerror = () => ok("error") })`,
+		"WebSocket":   `new Promise((ok) => { const w = new WebSocket("/ws"); w.onopen = () => w.send("hi"); w.onmessage = (m) => { w.close(); ok(m.data) }; w.onerror = () => ok("error") })`,
+	} {
+		want := map[string]string{"fetch": "inner-main", "EventSource": "hello", "WebSocket": ":hi"}[what]
+		if got := b.eval(js); got != want {
+			t.Errorf("%s: %v", what, got)
+		}
+	}
+	// Another session, and the API, are other origins: no script reaches them.
+	r.run("other", echo)
+	for what, js := range map[string]string{
+		"read":      fmt.Sprintf(`fetch(%q, {credentials: "include"}).then(() => "reached", () => "blocked")`, r.url("other.localhost", "/")),
+		"write":     fmt.Sprintf(`fetch(%q, {method: "POST", mode: "no-cors", credentials: "include"}).then(() => "sent", () => "blocked")`, r.url("", "/v1/sessions?sessionId=evil")),
+		"WebSocket": fmt.Sprintf(`new Promise((ok) => { const w = new WebSocket(%q); w.onopen = () => ok("reached"); w.onerror = () => ok("blocked") })`, r.url("other.localhost", "/ws")),
+	} {
+		if got := b.eval(js); got == "reached" {
+			t.Errorf("%s: %v", what, got)
+		}
+	}
+	if r.server.created != nil {
+		t.Error("a session's page created a session")
+	}
+}

@@ -78,7 +78,7 @@ type Config struct {
 	// how far the start has come.
 	StartWait time.Duration
 	// LinkWait is how long a request waits for a node that is not linked.
-	// Default 5 s.
+	// Default 8 s: nodes come back to a gateway that has restarted within 5.
 	LinkWait time.Duration
 	// Heartbeat is how long an event stream may be silent. Default 10 s.
 	Heartbeat time.Duration
@@ -127,7 +127,7 @@ func New(cfg Config) (*Gateway, error) {
 	setDefault(&cfg.LinkListen, "127.0.0.1:0")
 	setDefault(&cfg.BaseDomain, "localhost")
 	setDefault(&cfg.StartWait, 12*time.Second)
-	setDefault(&cfg.LinkWait, 5*time.Second)
+	setDefault(&cfg.LinkWait, 8*time.Second)
 	setDefault(&cfg.Heartbeat, 10*time.Second)
 	setDefault(&cfg.WriteTimeout, 30*time.Second)
 	setDefault(&cfg.Logger, slog.New(slog.DiscardHandler))
