@@ -3,7 +3,6 @@ package api
 import (
 	"context"
 	"fmt"
-	"iter"
 	"log/slog"
 	"net"
 	"path/filepath"
@@ -24,7 +23,6 @@ import (
 	"google.golang.org/protobuf/types/known/fieldmaskpb"
 
 	"github.com/cloudcode-dev/cloudcode/internal/grpcerr"
-	nodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/node/v1"
 	cloudcodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/v1"
 	"github.com/cloudcode-dev/cloudcode/server/fleet"
 	"github.com/cloudcode-dev/cloudcode/server/store"
@@ -345,69 +343,6 @@ func TestLabels(t *testing.T) {
 	}
 }
 
-func TestFilter(t *testing.T) {
-	sess := &fleet.Session{
-		State: fleet.StateRunning, Assignment: &fleet.Assignment{Node: "node-1"},
-		Labels: map[string]string{"team": "web", "app.kubernetes.io/name": "x", "my-key": "a-b", "n": "1", "empty": "", "truth": "true", "v": "1.5"},
-	}
-	unplaced := &fleet.Session{State: fleet.StatePending}
-	for filter, want := range map[string][2]bool{
-		``:                                     {true, true},
-		`state = RUNNING`:                      {true, false},
-		`state = "RUNNING"`:                    {true, false},
-		`state != RUNNING`:                     {false, true},
-		`NOT state = RUNNING`:                  {false, true},
-		`node = "nodes/node-1"`:                {true, false},
-		`node = "node-1"`:                      {true, false},
-		`node = ""`:                            {false, true},
-		`labels.team = web`:                    {true, false},
-		`labels.team != web`:                   {false, true},
-		`labels.app.kubernetes.io/name = x`:    {true, false},
-		`labels."my-key" = "a-b"`:              {true, false},
-		`labels.n = 1`:                         {true, false},
-		`labels.v = 1.5`:                       {true, false},
-		`labels.truth = true`:                  {true, false},
-		`labels.empty = ""`:                    {true, false},
-		`labels:empty`:                         {true, false},
-		`labels:"app.kubernetes.io/name"`:      {true, false},
-		`labels.team:*`:                        {true, false},
-		`-labels:team`:                         {false, true},
-		`state = RUNNING AND labels.team = db`: {false, false},
-		`state = PENDING OR labels.team = web`: {true, true},
-		`state = RUNNING labels:team`:          {true, false},
-		`(state = PENDING OR labels:nope) AND NOT labels:team`: {false, true},
-	} {
-		p, err := parseFilter(filter)
-		if err != nil {
-			t.Errorf("%s: %v", filter, err)
-			continue
-		}
-		if got := [2]bool{p(sess), p(unplaced)}; got != want {
-			t.Errorf("%s: %v, want %v", filter, got, want)
-		}
-	}
-	for _, filter := range []string{
-		`state = SLEEPING`, `web`, `name = x`, `state`, `state > RUNNING`, `state:RUNNING`, `labels = x`, `labels.a < 3`, `(`, `f(x)`, `f(x) = 1`,
-		`state = RUNNING AND`, `NOT web`, `a OR b`, strings.Repeat("a", 5000), "state.x = RUNNING",
-	} {
-		if p, err := parseFilter(filter); err == nil {
-			t.Errorf("%s is accepted: %v", short(filter), p(sess))
-		} else if len(err.Error()) < 10 {
-			t.Errorf("%s: %v", filter, err)
-		}
-	}
-}
-
-func FuzzFilter(f *testing.F) {
-	f.Add(`state = RUNNING AND labels.team = "web"`)
-	f.Add(`-labels:x OR (node = n)`)
-	f.Fuzz(func(_ *testing.T, filter string) {
-		if p, err := parseFilter(filter); err == nil {
-			p(&fleet.Session{}) // must not panic
-		}
-	})
-}
-
 func TestUpdate(t *testing.T) {
 	f := newFixture(t, nil)
 	made := f.create(t, "a", func(s *cloudcodev1.Session) {
@@ -559,77 +494,4 @@ func TestNodes(t *testing.T) {
 	}
 	_, err = f.ListSessions(t.Context(), &cloudcodev1.ListSessionsRequest{PageToken: first.GetNextPageToken()})
 	wantErr(t, "token of another list", err, codes.InvalidArgument, "INVALID_FIELDS")
-}
-
-// someEvents yields three events, or an error.
-type someEvents struct{ err error }
-
-func (e someEvents) Subscribe(_ context.Context, id, after string) iter.Seq2[*cloudcodev1.SessionEvent, error] {
-	return func(yield func(*cloudcodev1.SessionEvent, error) bool) {
-		for i := range 3 {
-			if !yield(&cloudcodev1.SessionEvent{Id: fmt.Sprintf("%s-%s-%d", id, after, i)}, nil) {
-				return
-			}
-		}
-		if e.err != nil {
-			yield(nil, e.err)
-		}
-	}
-}
-
-func TestWatchEvents(t *testing.T) {
-	f := newFixture(t, func(c *Config) { c.Events = someEvents{fmt.Errorf("%w: bad id", fleet.ErrInvalidArgument)} })
-	f.create(t, "a", nil)
-	stream, err := f.WatchSessionEvents(t.Context(), &cloudcodev1.WatchSessionEventsRequest{Name: "sessions/a", After: "7"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	for i := range 3 {
-		e, err := stream.Recv()
-		if err != nil || e.GetId() != fmt.Sprintf("a-7-%d", i) {
-			t.Errorf("event %d: %v, %v", i, e, err)
-		}
-	}
-	_, err = stream.Recv()
-	wantErr(t, "after", err, codes.InvalidArgument, "INVALID_ARGUMENT")
-	stream, _ = f.WatchSessionEvents(t.Context(), &cloudcodev1.WatchSessionEventsRequest{Name: "sessions/b"})
-	_, err = stream.Recv()
-	wantErr(t, "unknown", err, codes.NotFound, "SESSION_NOT_FOUND")
-}
-
-// fakeAgent is a node daemon that has logs, or an error.
-type fakeAgent struct {
-	nodev1.AgentServiceClient
-	lines []string
-	err   error
-}
-
-func (a *fakeAgent) Agent(_ context.Context, node string) (nodev1.AgentServiceClient, error) {
-	if node != "n1" {
-		return nil, fmt.Errorf("%w: %s", fleet.ErrUnavailable, node)
-	}
-	return a, nil
-}
-
-func (a *fakeAgent) ReadLogs(ctx context.Context, req *nodev1.ReadLogsRequest, _ ...grpc.CallOption) (grpc.ServerStreamingClient[nodev1.ReadLogsResponse], error) {
-	lines := a.lines
-	if n := int(req.GetTailLines()); n > 0 {
-		lines = lines[len(lines)-n:]
-	}
-	return &fakeLogs{lines: lines, err: a.err}, nil
-}
-
-type fakeLogs struct {
-	grpc.ServerStreamingClient[nodev1.ReadLogsResponse]
-	lines []string
-	err   error
-}
-
-func (l *fakeLogs) Recv() (*nodev1.ReadLogsResponse, error) {
-	if len(l.lines) == 0 {
-		return nil, l.err
-	}
-	line := l.lines[0]
-	l.lines = l.lines[1:]
-	return &nodev1.ReadLogsResponse{Entries: []*cloudcodev1.LogEntry{{Line: line}}}, nil
 }
