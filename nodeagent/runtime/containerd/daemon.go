@@ -159,6 +159,13 @@ func (d *Daemon) checkRunc(ctx context.Context) {
 func (d *Daemon) bring(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, daemonStartTimeout)
 	defer cancel()
+	// Two of us must not start one each: the second would take over the socket
+	// and leave the first running unseen.
+	unlock, err := lockFile(ctx, filepath.Join(d.cfg.Dir, "lock"))
+	if err != nil {
+		return fmt.Errorf("another process is starting containerd in %s: %w", d.cfg.Dir, err)
+	}
+	defer unlock()
 	if p := adopt(d.Address()); p != nil {
 		if err := d.serving(ctx, p, 10*time.Second); err == nil {
 			d.set(p)
@@ -469,6 +476,28 @@ func (d *Daemon) removeRunDir() error {
 		return nil
 	}
 	return os.RemoveAll(d.cfg.RunDir)
+}
+
+// lockFile waits for an exclusive lock, which ends with this process at the latest.
+func lockFile(ctx context.Context, path string) (unlock func(), err error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	for {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return func() { _ = f.Close() }, nil
+		}
+		t := time.NewTimer(50 * time.Millisecond)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			_ = f.Close()
+			return nil, errors.Join(ctx.Err(), err)
+		}
+	}
 }
 
 func lastLines(path string, n int) string {
