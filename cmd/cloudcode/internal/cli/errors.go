@@ -187,7 +187,7 @@ func tlsHint(err error, server string) (msg, hint string, ok bool) {
 			"copy pki/ca.crt from the server's data directory and name it with --ca-file", true
 	case errors.As(err, &host):
 		return oneLine(server + " has a certificate for other names: " + host.Error()),
-			"name the server as its certificate does, or start it with this name among its --tls-host names", true
+			"name the server as its certificate does, or start it with --advertise and this name", true
 	case errors.As(err, &invalid):
 		return oneLine(server + " has a certificate that is not valid: " + invalid.Error()),
 			"check the clocks of both machines; a server makes a new certificate when it is restarted", true

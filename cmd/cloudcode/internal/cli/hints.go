@@ -1,14 +1,20 @@
 package cli
 
-// reasonHints says what to do about a reason, where the server's own text has
-// no room for it or does not know the command line.
+// reasonHints says what to do about a reason, where the server's own text does
+// not know the command line. A reason that is not here has its text alone.
 var reasonHints = map[string]string{
-	"SESSION_NOT_FOUND": "see `cloudcode session list`",
-	"NODE_NOT_FOUND":    "see `cloudcode node list`",
-	"NO_NODES":          "start one with `cloudcode nodeagent`",
-	"NO_READY_NODE":     "see `cloudcode node list`",
-	"NO_MATCHING_NODE":  "see the labels of your nodes with `cloudcode node list -o json`, or change --node-selector",
-	"NODE_TOO_SMALL":    "ask for less with --cpu, --memory or --disk; `cloudcode node list` shows what nodes have",
-	"NODE_UNREACHABLE":  "see `cloudcode node list`; the session comes back with its node",
-	"IMAGE_NOT_FOUND":   "see `cloudcode image list` on the node; `cloudcode image import FILE` adds one",
+	"SESSION_NOT_FOUND":   "see `cloudcode session list`",
+	"SESSION_EXISTS":      "take another id, or change the session with `cloudcode session update`",
+	"SESSION_NOT_PLACED":  "see why with `cloudcode session get`",
+	"SESSION_NOT_STARTED": "see how far it is with `cloudcode session get`",
+	"SESSION_DELETING":    "wait until it is gone; `cloudcode session delete --wait` does",
+	"ETAG_MISMATCH":       "it changed meanwhile; try again",
+	"REQUEST_ID_REUSED":   "take another --request-id for another session",
+	"NODE_NOT_FOUND":      "see `cloudcode node list`",
+	"NO_NODES":            "start one with `cloudcode nodeagent`",
+	"NO_READY_NODE":       "see `cloudcode node list`",
+	"NO_MATCHING_NODE":    "see the labels of your nodes with `cloudcode node list -o json`, or change --node-selector",
+	"NODE_TOO_SMALL":      "ask for less with --cpu, --memory or --disk; `cloudcode node list` shows what nodes have",
+	"NODE_UNREACHABLE":    "see `cloudcode node list`; the session comes back with its node",
+	"IMAGE_NOT_FOUND":     "see `cloudcode image list` on the node; `cloudcode image import FILE` adds one",
 }
