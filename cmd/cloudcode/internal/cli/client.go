@@ -6,7 +6,6 @@ import (
 	"crypto/x509"
 	"encoding/base64"
 	"errors"
-	"fmt"
 	"io/fs"
 	"net"
 	"os"
@@ -356,7 +355,3 @@ func resourceName(collection, id string) (string, error) {
 
 // idOf returns the last part of a resource name.
 func idOf(name string) string { return name[strings.LastIndex(name, "/")+1:] }
-
-func errNotFoundf(format string, a ...any) error {
-	return &Error{Code: "NOT_FOUND", Msg: fmt.Sprintf(format, a...), Exit: exitNotFound}
-}
