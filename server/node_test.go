@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -159,6 +160,13 @@ func TestOneSession(t *testing.T) {
 		t.Fatal(err)
 	}
 	route(func(r *gatewayv1.Route) bool { return r.GetSession().GetReason() == "NO_NODES" })
+	events, err := user.WatchSessionEvents(ctx, &cloudcodev1.WatchSessionEventsRequest{Name: "sessions/main"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if first, err := events.Recv(); err != nil || first.GetHeartbeat() == nil {
+		t.Errorf("the stream begins with %v, %v", first, err)
+	}
 
 	node := startNode(t, s, "n1")
 	a := node.next(t, "run", func(a *nodev1.Assignment) bool { return a.GetDesiredState() == nodev1.Assignment_RUN })
@@ -213,6 +221,22 @@ func TestOneSession(t *testing.T) {
 		if len(resp.GetChanges().GetRemoves()) > 0 {
 			break
 		}
+	}
+	var seen []string
+	for {
+		e, err := events.Recv()
+		if err != nil {
+			t.Fatalf("events end with %v after %q", err, seen)
+		}
+		if l := e.GetLifecycle(); l != nil {
+			seen = append(seen, l.GetSession().GetState().String())
+		}
+		if e.GetEnd() != nil {
+			break
+		}
+	}
+	if got := strings.Join(slices.Compact(seen), " "); got != "PENDING STARTING RUNNING STARTING DELETING" {
+		t.Errorf("lifecycle %s", got)
 	}
 	if _, err := user.CreateSession(ctx, &cloudcodev1.CreateSessionRequest{SessionId: "main", Session: &cloudcodev1.Session{}}); err != nil {
 		t.Errorf("the id is free again: %v", err)

@@ -32,7 +32,10 @@ import (
 	cloudcodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/v1"
 	"github.com/cloudcode-dev/cloudcode/server/api"
 	"github.com/cloudcode-dev/cloudcode/server/dispatch"
+	"github.com/cloudcode-dev/cloudcode/server/eventlog"
+	"github.com/cloudcode-dev/cloudcode/server/fleet"
 	"github.com/cloudcode-dev/cloudcode/server/join"
+	"github.com/cloudcode-dev/cloudcode/server/protoconv"
 	"github.com/cloudcode-dev/cloudcode/server/reconcile"
 	"github.com/cloudcode-dev/cloudcode/server/routes"
 	"github.com/cloudcode-dev/cloudcode/server/store/boltstore"
@@ -138,8 +141,16 @@ func (s *Server) Start(ctx context.Context) (err error) {
 	agents := newAgents(hub)
 	s.onStop(agents.close)
 
+	events := eventlog.New(eventlog.Config{
+		Store: db, Agents: agents, Logger: s.log,
+		Session: func(sess *fleet.Session) *cloudcodev1.Session {
+			return protoconv.Session(sess, gateways.WebURI(sess.ID))
+		},
+	})
+	s.onStop(events.Close)
+
 	sessions, nodes := api.New(api.Config{
-		Store: db, Agents: agents, DefaultImage: s.config.DefaultImage, Log: s.log,
+		Store: db, Events: events, Agents: agents, DefaultImage: s.config.DefaultImage, Log: s.log,
 		WebURI: gateways.WebURI, Heartbeat: dispatcher.HeartbeatTime,
 	})
 	cloudcodev1.RegisterSessionServiceServer(s.grpc, sessions)
