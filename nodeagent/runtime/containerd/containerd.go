@@ -48,6 +48,9 @@ const (
 	cleanupTimeout = 30 * time.Second
 	// callTimeout bounds a single call that containerd should answer at once.
 	callTimeout = 15 * time.Second
+	// createTimeout bounds making a container from an image that is here. It
+	// takes a quarter of a second on an idle machine.
+	createTimeout = time.Minute
 )
 
 var bridgeName = regexp.MustCompile(`^[A-Za-z][A-Za-z0-9_]{0,14}$`)
@@ -197,7 +200,7 @@ func classify(err error) error {
 	switch {
 	case isNoSpace(err):
 		return fmt.Errorf("%w: %w", runtime.ErrNoSpace, err)
-	case errdefs.IsUnavailable(err):
+	case errdefs.IsUnavailable(err), errors.Is(err, context.DeadlineExceeded):
 		return fmt.Errorf("%w: %w", runtime.ErrUnavailable, err)
 	}
 	return err

@@ -35,8 +35,12 @@ func (r *Runtime) Ensure(ctx context.Context, spec runtime.Spec, report func(run
 	if report == nil {
 		report = func(runtime.Progress) {}
 	}
-	defer r.locks.lock(spec.Session)()
 	ctx = r.ns(ctx)
+	unlock, err := r.locks.lock(ctx, spec.Session)
+	if err != nil {
+		return runtime.Instance{}, err
+	}
+	defer unlock()
 
 	inst, rec, err := r.inspect(ctx, spec.Session)
 	switch {
@@ -112,6 +116,8 @@ func (r *Runtime) adjust(ctx context.Context, inst runtime.Instance, rec record,
 
 // create makes everything anew. The caller cleans up after an error.
 func (r *Runtime) create(ctx context.Context, spec runtime.Spec, img ctd.Image) (runtime.Instance, error) {
+	ctx, cancel := context.WithTimeout(ctx, createTimeout)
+	defer cancel()
 	// Without a lease the collector may take the snapshot before the
 	// container refers to it.
 	ctx, done, err := r.client.WithLease(ctx)

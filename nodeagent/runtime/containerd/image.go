@@ -39,6 +39,12 @@ func (r *Runtime) image(ctx context.Context, ref string, report func(runtime.Pro
 	if err != nil {
 		return nil, err
 	}
+	// Sessions that need the same image at once wait for one pull.
+	unlock, err := r.locks.lock(ctx, "image "+name)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
 	img, err := r.client.GetImage(ctx, name)
 	switch {
 	case err == nil:

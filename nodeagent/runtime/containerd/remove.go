@@ -14,13 +14,21 @@ import (
 	"github.com/cloudcode-dev/cloudcode/nodeagent/runtime"
 )
 
-// killTimeout bounds how long a SIGKILLed container may take to be gone. More
-// means a process stuck in the kernel, mostly on a dead network file system.
-const killTimeout = 20 * time.Second
+const (
+	// killTimeout bounds how long a SIGKILLed container may take to be gone. More
+	// means a process stuck in the kernel, mostly on a dead network file system.
+	killTimeout = 20 * time.Second
+	// removeTimeout bounds a whole removal beside the grace.
+	removeTimeout = time.Minute
+)
 
 // Stop implements runtime.Runtime.
 func (r *Runtime) Stop(ctx context.Context, session string, grace time.Duration) error {
-	defer r.locks.lock(session)()
+	unlock, err := r.locks.lock(ctx, session)
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	return classify(r.remove(r.ns(ctx), session, grace))
 }
 
@@ -40,14 +48,14 @@ func (r *Runtime) remove(ctx context.Context, session string, grace time.Duratio
 	if !runtime.ValidSession(session) {
 		return fmt.Errorf("%w: session %q", runtime.ErrInvalidSpec, session)
 	}
+	ctx, cancel := context.WithTimeout(ctx, grace+removeTimeout)
+	defer cancel()
 	if err := r.removeTask(ctx, session, grace); err != nil {
 		return err
 	}
 	if err := r.removeNetwork(ctx, session); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
-	defer cancel()
 	if err := r.client.ContainerService().Delete(ctx, session); err != nil && !errdefs.IsNotFound(err) {
 		return fmt.Errorf("removing the container of session %s: %w", session, err)
 	}

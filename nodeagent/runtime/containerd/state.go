@@ -1,6 +1,7 @@
 package containerd
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -87,14 +88,14 @@ func writeFileAtomic(path string, data []byte) (err error) {
 	return err
 }
 
-// keyedMutex is a mutex per session. Its zero value is ready.
+// keyedMutex is a mutex per key. Its zero value is ready.
 type keyedMutex struct {
 	mu sync.Mutex
 	m  map[string]*keyedEntry
 }
 
 type keyedEntry struct {
-	sync.Mutex
+	held chan struct{} // full while locked
 	refs int
 }
 
@@ -106,7 +107,7 @@ func (k *keyedMutex) entry(key string) *keyedEntry {
 	}
 	e := k.m[key]
 	if e == nil {
-		e = &keyedEntry{}
+		e = &keyedEntry{held: make(chan struct{}, 1)}
 		k.m[key] = e
 	}
 	e.refs++
@@ -121,21 +122,28 @@ func (k *keyedMutex) release(key string, e *keyedEntry) {
 	}
 }
 
-// lock returns the function that unlocks.
-func (k *keyedMutex) lock(key string) func() {
+// lock returns the function that unlocks, or ctx's error when that ends first.
+func (k *keyedMutex) lock(ctx context.Context, key string) (unlock func(), err error) {
 	e := k.entry(key)
-	e.Lock()
-	return func() { e.Unlock(); k.release(key, e) }
+	select {
+	case e.held <- struct{}{}:
+		return func() { <-e.held; k.release(key, e) }, nil
+	case <-ctx.Done():
+		k.release(key, e)
+		return nil, ctx.Err()
+	}
 }
 
 // tryLock returns nil when somebody else holds the lock.
-func (k *keyedMutex) tryLock(key string) func() {
+func (k *keyedMutex) tryLock(key string) (unlock func()) {
 	e := k.entry(key)
-	if !e.TryLock() {
+	select {
+	case e.held <- struct{}{}:
+		return func() { <-e.held; k.release(key, e) }
+	default:
 		k.release(key, e)
 		return nil
 	}
-	return func() { e.Unlock(); k.release(key, e) }
 }
 
 func containsAny(s string, subs ...string) bool {

@@ -22,9 +22,13 @@ func (r *Runtime) Resume(ctx context.Context, session string) error {
 }
 
 func (r *Runtime) freeze(ctx context.Context, session string, want ctd.ProcessStatus, do func(ctd.Task, context.Context) error) error {
-	defer r.locks.lock(session)()
 	ctx, cancel := context.WithTimeout(r.ns(ctx), callTimeout)
 	defer cancel()
+	unlock, err := r.locks.lock(ctx, session)
+	if err != nil {
+		return classify(err)
+	}
+	defer unlock()
 	task, err := r.task(ctx, session)
 	if err != nil {
 		return classify(err)
