@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -104,8 +105,8 @@ Without a password nothing is asked for, and only loopback may be listened on.`,
 				return err
 			}
 			log.Info("gateway runs", "address", g.Addr(), "links", g.LinkAddr(), "server", server)
-			<-cmd.Context().Done()
-			return stopBounded(cmd.Context(), stop)
+			failed := waitFor(cmd.Context(), g.Wait)
+			return errors.Join(failed, stopBounded(cmd.Context(), stop))
 		},
 	}
 	f.add(cmd)

@@ -139,6 +139,25 @@ func (f *nodeFlags) config(dataDir, server string, token func() (string, error),
 	}, nil
 }
 
+// waitFor returns when the command's context ends, without an error, or when one
+// of our processes has failed. wait must return after its process was stopped.
+func waitFor(ctx context.Context, waits ...func() error) error {
+	failed := make(chan error, len(waits))
+	for _, wait := range waits {
+		go func() {
+			if err := wait(); err != nil {
+				failed <- err
+			}
+		}()
+	}
+	select {
+	case <-ctx.Done():
+		return nil
+	case err := <-failed:
+		return err
+	}
+}
+
 // stopBounded runs a stop function after the command's own context has ended.
 func stopBounded(ctx context.Context, stop func(context.Context) error) error {
 	sctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 
 	"github.com/spf13/cobra"
@@ -62,8 +63,8 @@ password nothing is asked for, and only loopback may be listened on.`,
 				return err
 			}
 			log.Info("server runs", "address", s.Addr().String())
-			<-cmd.Context().Done()
-			return stopBounded(cmd.Context(), s.Stop)
+			failed := waitFor(cmd.Context(), s.Wait)
+			return errors.Join(failed, stopBounded(cmd.Context(), s.Stop))
 		},
 	}
 	f.add(cmd)

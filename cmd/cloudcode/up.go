@@ -9,6 +9,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/docker/go-units"
@@ -120,8 +121,7 @@ func (u *up) run(cmd *cobra.Command) (err error) {
 			return err
 		}
 	}
-	<-ctx.Done()
-	return nil
+	return waitFor(ctx, srv.Wait, gw.Wait)
 }
 
 func interruptedIsFine(ctx context.Context, err error) error {
@@ -137,13 +137,18 @@ func (u *up) ensureImage(ctx context.Context, dataDir string, agent *nodeagent.A
 	u.say("preparing the session image %s", image.DefaultRef)
 	result, err := image.Build(ctx, image.BuildOptions{
 		CacheDir: filepath.Join(dataDir, "image"), Mirrors: u.mirrors, Cloudflared: u.cloudflared,
-		Progress: func(p image.Progress) { fmt.Fprintf(u.out, "    %-12s %s\n", p.Phase, p.Line) },
+		Progress: func(p image.Progress) {
+			if strings.HasPrefix(p.Line, "npm ") {
+				return // a line for each of a hundred packages
+			}
+			fmt.Fprintf(u.out, "    %5.0fs  %-8s %s\n", p.Elapsed.Seconds(), p.Phase, p.Line)
+		},
 	})
 	if err != nil {
 		return fmt.Errorf("build the session image: %w", err)
 	}
 	for _, left := range result.LeftOut {
-		fmt.Fprintf(u.out, "    left out     %s\n", left)
+		fmt.Fprintf(u.out, "            left out %s\n", left)
 	}
 	have, err := agent.Runtime().Images(ctx)
 	if err != nil {
