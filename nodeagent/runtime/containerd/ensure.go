@@ -174,11 +174,7 @@ func (r *Runtime) create(ctx context.Context, spec runtime.Spec, img ctd.Image) 
 			"containerd.io/gc.ref.snapshot." + snapshotter: spec.Session,
 		}),
 	}
-	var ropts any
-	if r.cfg.RuntimeName == DefaultRuntimeName {
-		ropts = &options.Options{IoUid: spec.IDBase, IoGid: spec.IDBase}
-	}
-	copts = append(copts, ctd.WithRuntime(r.cfg.RuntimeName, ropts))
+	copts = append(copts, r.withRuntime(spec))
 	c, err := r.client.NewContainer(ctx, spec.Session, copts...)
 	if err != nil {
 		return runtime.Instance{}, err
@@ -226,6 +222,13 @@ func (r *Runtime) create(ctx context.Context, spec runtime.Spec, img ctd.Image) 
 		Session: spec.Session, Generation: spec.Generation, ID: c.ID(), State: runtime.StateRunning,
 		PID: int(task.Pid()), ImageDigest: rec.ImageDigest, Spec: spec, StartedAt: rec.StartedAt,
 	}, nil
+}
+
+func (r *Runtime) withRuntime(spec runtime.Spec) ctd.NewContainerOpts {
+	if r.cfg.RuntimeName != DefaultRuntimeName {
+		return ctd.WithRuntime(r.cfg.RuntimeName, nil) // its options are not runc's
+	}
+	return ctd.WithRuntime(r.cfg.RuntimeName, &options.Options{IoUid: spec.IDBase, IoGid: spec.IDBase, Root: r.runcRoot()})
 }
 
 // startError tells a command that is not there from other failures: it cannot

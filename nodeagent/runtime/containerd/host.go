@@ -1,7 +1,11 @@
 package containerd
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -79,8 +83,36 @@ func openFiles() uint64 {
 	return min(lim.Max, 1<<20)
 }
 
+// cgroupParent is ours alone: the namespace and a session's id may be the same
+// in another containerd of this machine.
+func (r *Runtime) cgroupParent() string {
+	sum := sha256.Sum256([]byte(r.cfg.Address))
+	return "/" + r.cfg.Namespace + "-" + hex.EncodeToString(sum[:4])
+}
+
 func (r *Runtime) cgroupPath(session string) string {
-	return "/" + r.cfg.Namespace + "/" + session
+	return r.cgroupParent() + "/" + session
+}
+
+// removeCgroups removes the parent, which runc leaves, from every hierarchy.
+func (r *Runtime) removeCgroups() error {
+	dirs, err := filepath.Glob("/sys/fs/cgroup/*" + r.cgroupParent())
+	if err != nil {
+		return err
+	}
+	for _, d := range append(dirs, "/sys/fs/cgroup"+r.cgroupParent()) {
+		if err := os.Remove(d); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
+}
+
+// runcRoot is where runc keeps its state. The default is one folder for all
+// containerds of the machine, by namespace and id; beside the socket it is the
+// same for a system's containerd and our own for a private one.
+func (r *Runtime) runcRoot() string {
+	return filepath.Join(filepath.Dir(r.cfg.Address), "runc")
 }
 
 // oomKills reads how often the kernel killed in the session's cgroup. It is

@@ -57,10 +57,14 @@ func checkNothingLeft(t testing.TB, e *env, daemonPID int) {
 	if _, err := os.Stat(filepath.Dir(e.daemon.Address())); err == nil {
 		t.Errorf("run folder left: %s", filepath.Dir(e.daemon.Address()))
 	}
-	for _, pattern := range []string{"/sys/fs/cgroup/*/" + e.cfg.Namespace, "/sys/fs/cgroup/" + e.cfg.Namespace} {
-		left, _ := filepath.Glob(pattern + "/*/cgroup.procs")
-		if len(left) > 0 {
+	if e.Runtime != nil {
+		left, _ := filepath.Glob("/sys/fs/cgroup/*" + e.cgroupParent())
+		unified, _ := filepath.Glob("/sys/fs/cgroup" + e.cgroupParent())
+		if left = append(left, unified...); len(left) > 0 {
 			t.Errorf("cgroups left: %v", left)
 		}
+	}
+	if dirs, _ := filepath.Glob("/run/containerd/runc/" + e.cfg.Namespace); len(dirs) > 0 {
+		t.Errorf("runc's state left: %v", dirs)
 	}
 }

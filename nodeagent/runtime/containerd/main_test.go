@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -83,10 +84,21 @@ func testContext(t testing.TB) context.Context {
 // unique names this test's bridge and subnet: other packages' tests run at the
 // same time.
 func unique(t testing.TB) (bridge, subnet string) {
-	h := fnv.New32a()
-	fmt.Fprintf(h, "%d %s", os.Getpid(), t.Name())
-	n := h.Sum32()
+	n := hash(fmt.Sprint(os.Getpid(), t.Name(), envs.Add(1)))
 	return fmt.Sprintf("cct%08x", n), fmt.Sprintf("10.%d.%d.0/24", 210+n>>16%40, n&0xff)
+}
+
+// envs counts, so that one test may have several.
+var envs atomic.Int32
+
+func testNamespace(t testing.TB) string {
+	return fmt.Sprintf("cct%08x", hash(fmt.Sprint(os.Getpid(), t.Name())))
+}
+
+func hash(s string) uint32 {
+	h := fnv.New32a()
+	_, _ = h.Write([]byte(s))
+	return h.Sum32()
 }
 
 func newEnv(t testing.TB) *env {
@@ -108,7 +120,7 @@ func newEnvIn(t testing.TB, dir string) *env {
 		t.Fatal(err)
 	}
 	e := &env{daemon: d, dir: dir, cfg: Config{
-		Address: d.Address(), Namespace: bridge, StateDir: filepath.Join(dir, "state"),
+		Address: d.Address(), Namespace: testNamespace(t), StateDir: filepath.Join(dir, "state"),
 		CNIBinDir: filepath.Join(libexecDir(t), "cni"), BridgeName: bridge, Subnet: subnet,
 		LogBinary: []string{self, "container-log"}, Logger: testLogger(t),
 	}}

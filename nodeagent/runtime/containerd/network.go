@@ -292,7 +292,7 @@ func unpinNetns(path string) error {
 	return nil
 }
 
-// Cleanup removes bridge, firewall table and CNI state. It refuses, with an
+// Cleanup removes bridge, firewall table, CNI state and cgroups. It refuses, with an
 // error that names one, while there is a container.
 func (r *Runtime) Cleanup(ctx context.Context) error {
 	list, err := r.List(ctx)
@@ -300,7 +300,7 @@ func (r *Runtime) Cleanup(ctx context.Context) error {
 		return err
 	}
 	if len(list) > 0 {
-		return fmt.Errorf("cannot remove the network: session %s still has a container", list[0].Session)
+		return fmt.Errorf("cannot clean up: session %s still has a container", list[0].Session)
 	}
 	if link, err := netlink.LinkByName(r.cfg.BridgeName); err == nil {
 		if err := netlink.LinkDel(link); err != nil {
@@ -311,6 +311,7 @@ func (r *Runtime) Cleanup(ctx context.Context) error {
 		return err
 	}
 	return errors.Join(
+		r.removeCgroups(),
 		os.RemoveAll(filepath.Join(r.cfg.StateDir, "cni")),
 		os.RemoveAll(netnsDir(r.cfg.StateDir)),
 		os.RemoveAll(sessionsDir(r.cfg.StateDir)),

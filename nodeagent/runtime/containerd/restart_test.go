@@ -221,7 +221,7 @@ func TestLeftovers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := e.client.NewContainer(ctx, "created", ctd.WithSpec(oci), ctd.WithContainerLabels(map[string]string{labelSession: "created"}))
+	c, err := e.client.NewContainer(ctx, "created", ctd.WithSpec(oci), e.withRuntime(spec), ctd.WithContainerLabels(map[string]string{labelSession: "created"}))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -426,4 +426,21 @@ func TestNetworkConfig(t *testing.T) {
 			_ = r.Close()
 		}
 	}
+}
+
+// TestTwoOnOneMachine: two private containerds with the same namespace and
+// session ids know nothing of one another.
+func TestTwoOnOneMachine(t *testing.T) {
+	a, b := newEnv(t), newEnv(t)
+	for i, e := range []*env{a, b} {
+		e.importImage(t, testImage)
+		spec := e.spec("main", "serve", "8080")
+		spec.Resources.MemoryBytes = int64(64+i) << 20
+		e.mustEnsure(t, spec)
+	}
+	if err := a.Kill(testContext(t), "main"); err != nil {
+		t.Fatal(err)
+	}
+	b.mustAsk(t, "main", "/")
+	b.checkLimits(t, "main", runtime.Resources{MemoryBytes: 65 << 20})
 }
