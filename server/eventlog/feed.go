@@ -339,6 +339,7 @@ func (f *feed) moveTo(p *nodev1.RingPosition) {
 	before := p.GetFirst() - 1
 	f.update(func() {
 		f.at.generation = max(f.at.generation, uint64(p.GetGeneration()))
+		f.newest = p.GetLast()
 		switch {
 		case !f.reached:
 			f.reached, f.blind = true, false

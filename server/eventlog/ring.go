@@ -41,6 +41,7 @@ type ring struct {
 	// start is the number before the first event that the node held when it was
 	// first reached: who has seen no event of OpenCode misses none by that.
 	start   uint64
+	newest  uint64         // number of the newest event that the node said it has; it may be on its way
 	reached bool           // the node was reached
 	blind   bool           // it was not when a subscriber first asked
 	epoch   int            // counts how often the node's numbers began anew, lower
@@ -59,6 +60,7 @@ type view struct {
 	next    uint64 // position behind them
 	at      cursor
 	start   uint64
+	newest  uint64
 	reached bool
 	blind   bool
 	epoch   int
@@ -95,7 +97,7 @@ func (r *ring) head() view {
 
 func (r *ring) view() view {
 	return view{
-		at: r.at, start: r.start, reached: r.reached, blind: r.blind, epoch: r.epoch,
+		at: r.at, start: r.start, newest: max(r.newest, r.at.ring), reached: r.reached, blind: r.blind, epoch: r.epoch,
 		session: r.session, err: r.err, changed: r.changed,
 	}
 }

@@ -158,7 +158,7 @@ func (s *subscriber) pass(e *entry) bool {
 // settle is called where nothing more is held: whoever is not where the feed is
 // has missed something, or comes from elsewhere; again says to read once more.
 func (s *subscriber) settle(v view) (again, ok bool) {
-	unknownRing := v.reached && s.at.ring > v.at.ring
+	unknownRing := v.reached && s.at.ring > v.newest
 	unknownLifecycle := s.at.lifecycle > v.at.lifecycle
 	if unknownRing || unknownLifecycle {
 		// No event has that number (a store or a clock was set back): all that is

@@ -10,9 +10,9 @@ type Outcome int
 
 // Outcomes of a report.
 const (
-	Unchanged Outcome = iota // nothing to store
-	Progressed               // to be stored, but not worth an event: progress, a message
-	Changed                  // to be stored, and watchers are told
+	Unchanged  Outcome = iota // nothing to store
+	Progressed                // to be stored, but not worth an event: progress, a message
+	Changed                   // to be stored, and watchers are told
 )
 
 // ApplyReport takes over what a node says of the session. Returns ErrStale if
