@@ -50,7 +50,7 @@ type Mount struct {
 // Spec is what one container runs. It is self-contained: two calls of Ensure
 // with equal specs leave one container.
 type Spec struct {
-	Session    string            // session id, a DNS label of at most 40 characters
+	Session    string            // session id, a DNS label of at most 40 characters without "--"
 	Generation uint64            // fencing token of the assignment
 	Image      string            // reference of an image
 	Args       []string          // empty: the image's entrypoint and command
@@ -64,7 +64,9 @@ type Spec struct {
 	IDBase uint32
 	// ScratchDir, when not empty, is an absolute folder of the host that holds
 	// the container's writable layer (overlay upper and work). It is how disk
-	// limits work: the caller makes it a file system of limited size.
+	// limits work: the caller makes it a file system of limited size. What it
+	// holds outlives the container, and the next one has it again, as long as
+	// IDBase and the image's layers stay the same.
 	ScratchDir string
 	// LogDir is an absolute folder of the host; stdout and stderr go there, rotated.
 	LogDir string
