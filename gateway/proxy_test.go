@@ -344,6 +344,7 @@ func TestGenerationChangesMidFlight(t *testing.T) {
 	_, body := r.stream(r.url("main.localhost", "/stream"))
 	<-arrived
 	<-arrived
+	r.put(session("main", cloudcodev1.Session_STARTING, 2))
 	r.put(session("main", cloudcodev1.Session_RUNNING, 2))
 	if a := <-got; a.code != http.StatusBadGateway || !strings.Contains(a.body, "SESSION_MOVED") {
 		t.Errorf("%d %s", a.code, a.body)
@@ -355,9 +356,35 @@ func TestGenerationChangesMidFlight(t *testing.T) {
 		t.Errorf("the new generation is not reached: %+v", e)
 	}
 	// A request that still holds the old route does not get the new one's way.
-	old := r.gw.ups.get(convert([]*gatewayv1.Route{session("main", cloudcodev1.Session_RUNNING, 1)})[0])
-	if old.ctx.Err() == nil {
-		t.Error("an old generation is dialled again")
+	before := session("main", cloudcodev1.Session_RUNNING, 1)
+	before.NodeId = "n0"
+	if old := r.gw.ups.get(convert([]*gatewayv1.Route{before})[0]); old.ctx.Err() == nil {
+		t.Error("an old place is dialled again")
+	}
+}
+
+// A change of limits is a new assignment, too, but the container goes on: a
+// prompt that runs must not be cut off by it.
+func TestGenerationChangesInPlace(t *testing.T) {
+	r := start(t, Config{})
+	r.linkNode()
+	arrived, finish := make(chan struct{}), make(chan struct{})
+	r.run("main", func(w http.ResponseWriter, _ *http.Request) {
+		close(arrived)
+		<-finish
+		w.WriteHeader(http.StatusOK)
+	})
+	r.backend("main", 2, openCodePort, echo)
+	got := make(chan answer)
+	go func() { got <- r.get(r.url("main.localhost", "/prompt")) }()
+	<-arrived
+	r.put(session("main", cloudcodev1.Session_RUNNING, 2))
+	if e := decode(t, r.get(r.url("main.localhost", "/x"))); e.URI != "/x" {
+		t.Errorf("the new generation is not reached: %+v", e)
+	}
+	close(finish)
+	if a := <-got; a.code != http.StatusOK {
+		t.Errorf("the prompt was cut off: %d %s", a.code, a.body)
 	}
 }
 

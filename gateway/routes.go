@@ -121,7 +121,7 @@ func (t *routes) change(upserts []*route, removes []string) {
 }
 
 func (t *routes) tell(was, now *route, id string) {
-	if t.moved != nil && (now == nil || keyOf(was) != keyOf(now)) {
+	if t.moved != nil && (now == nil || placeOf(was) != placeOf(now) || was.session.GetGeneration() != now.session.GetGeneration()) {
 		t.moved(id, now)
 	}
 }

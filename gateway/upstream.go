@@ -7,7 +7,11 @@ import (
 	"net"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	linkv1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/link/v1"
 
@@ -23,25 +27,22 @@ type Dialer interface {
 
 var _ Dialer = (*link.Hub)(nil)
 
-// upstreamKey is what a connection to a session is good for. The generation is
-// the fence: a connection never outlives the assignment that it was made for.
-type upstreamKey struct {
-	session    string
-	generation int64
-	node       string
-	password   string
+// place is where a session runs. A connection never outlives it.
+type place struct {
+	session, node, password string
 }
 
-func keyOf(r *route) upstreamKey {
-	return upstreamKey{r.id, r.session.GetGeneration(), r.node, r.password}
-}
+func placeOf(r *route) place { return place{r.id, r.node, r.password} }
 
-// upstream is the way to one generation of one session.
+// upstream is the way to one session at one place. A new assignment that leaves
+// the container alone, because only limits changed, leaves its connections alone
+// too; new ones carry the new generation, which the node checks.
 type upstream struct {
-	key       upstreamKey
-	transport *http.Transport
-	ctx       context.Context // ends when the route has changed
-	cancel    context.CancelFunc
+	place
+	generation atomic.Int64
+	transport  *http.Transport
+	ctx        context.Context // ends when the session has moved
+	cancel     context.CancelFunc
 }
 
 // upstreams holds one upstream for each session that had traffic.
@@ -60,35 +61,48 @@ func newUpstreams(ctx context.Context, dialer Dialer, linkWait time.Duration) *u
 
 // get returns the upstream for a route, making it if there is none.
 func (u *upstreams) get(r *route) *upstream {
-	key := keyOf(r)
 	u.mu.Lock()
 	defer u.mu.Unlock()
+	generation := r.session.GetGeneration()
 	up := u.byID[r.id]
-	if up != nil && up.key == key {
+	switch {
+	case up == nil:
+	case up.place == placeOf(r):
+		up.generation.Store(max(generation, up.generation.Load()))
 		return up
-	}
-	if up != nil && up.key.generation > key.generation {
+	case up.generation.Load() > generation:
 		// The request looked its route up before the session moved on. Give
 		// it a way that is closed already instead of tearing down the new one.
-		up = &upstream{key: key, transport: u.transport(key)}
-		up.ctx, up.cancel = context.WithCancel(u.ctx)
-		up.close()
-		return up
-	}
-	if up != nil {
+		old := u.make(r)
+		old.close()
+		return old
+	default:
 		up.close()
 	}
-	up = &upstream{key: key, transport: u.transport(key)}
-	up.ctx, up.cancel = context.WithCancel(u.ctx)
+	up = u.make(r)
 	u.byID[r.id] = up
 	return up
 }
 
-// moved closes what leads to an older assignment; requests on it end.
+func (u *upstreams) make(r *route) *upstream {
+	up := &upstream{place: placeOf(r)}
+	up.generation.Store(r.session.GetGeneration())
+	up.transport = u.transport(up)
+	up.ctx, up.cancel = context.WithCancel(u.ctx)
+	return up
+}
+
+// moved takes in a new assignment of a session, or its end (nil). Requests on
+// what it has left behind end.
 func (u *upstreams) moved(id string, now *route) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if up := u.byID[id]; up != nil && (now == nil || up.key != keyOf(now)) {
+	up := u.byID[id]
+	switch {
+	case up == nil:
+	case now != nil && now.running() && up.place == placeOf(now):
+		up.generation.Store(max(now.session.GetGeneration(), up.generation.Load()))
+	default:
 		up.close()
 		delete(u.byID, id)
 	}
@@ -109,7 +123,7 @@ func (up *upstream) close() {
 	up.transport.CloseIdleConnections()
 }
 
-func (u *upstreams) transport(key upstreamKey) *http.Transport {
+func (u *upstreams) transport(up *upstream) *http.Transport {
 	return &http.Transport{
 		// No response timeouts: a prompt answers when the model is done.
 		DialContext: func(ctx context.Context, _, addr string) (net.Conn, error) {
@@ -121,9 +135,9 @@ func (u *upstreams) transport(key upstreamKey) *http.Transport {
 			if !ok {
 				return nil, fmt.Errorf("%q is no port", portText)
 			}
-			conn, err := u.dial(ctx, key, port)
+			conn, err := u.dial(ctx, up, port)
 			if err != nil {
-				return nil, &dialError{key: key, port: port, err: err}
+				return nil, &dialError{place: up.place, port: port, err: err}
 			}
 			return conn, nil
 		},
@@ -135,22 +149,23 @@ func (u *upstreams) transport(key upstreamKey) *http.Transport {
 	}
 }
 
-// dial connects, and waits a while for a node that is about to link: after a
-// start of the gateway, routes are known sooner than links stand.
-func (u *upstreams) dial(ctx context.Context, key upstreamKey, port uint16) (net.Conn, error) {
+// dial connects, and waits a while for a node that is about to be ready for it:
+// after a start of the gateway routes are known sooner than links stand, and
+// after a new assignment sooner than the node has taken it in.
+func (u *upstreams) dial(ctx context.Context, up *upstream, port uint16) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, u.linkWait+dialTimeout)
 	defer cancel()
-	target := &linkv1.Target{Kind: &linkv1.Target_Session{Session: &linkv1.SessionTarget{
-		SessionId: key.session, Generation: key.generation, Port: uint32(port),
-	}}}
 	giveUp := time.Now().Add(u.linkWait)
 	for {
-		conn, err := u.dialer.Dial(ctx, key.node, target)
-		if err == nil || !errors.Is(err, link.ErrNoLink) || time.Now().After(giveUp) {
+		conn, err := u.dialer.Dial(ctx, up.node, &linkv1.Target{Kind: &linkv1.Target_Session{Session: &linkv1.SessionTarget{
+			SessionId: up.session, Generation: up.generation.Load(), Port: uint32(port),
+		}}})
+		notYet := errors.Is(err, link.ErrNoLink) || status.Code(err) == codes.FailedPrecondition
+		if !notYet || time.Now().After(giveUp) {
 			return conn, err
 		}
 		sleep(ctx, 50*time.Millisecond)
-		if ctx.Err() != nil {
+		if ctx.Err() != nil || up.ctx.Err() != nil {
 			return nil, err
 		}
 	}
@@ -161,12 +176,12 @@ const dialTimeout = 15 * time.Second
 
 // dialError says that no byte of a request was sent.
 type dialError struct {
-	key  upstreamKey
+	place
 	port uint16
 	err  error
 }
 
 func (e *dialError) Error() string {
-	return fmt.Sprintf("connect to port %d of session %s on node %s: %v", e.port, e.key.session, e.key.node, e.err)
+	return fmt.Sprintf("connect to port %d of session %s on node %s: %v", e.port, e.session, e.node, e.err)
 }
 func (e *dialError) Unwrap() error { return e.err }

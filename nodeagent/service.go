@@ -151,7 +151,7 @@ func (a *Agent) dialTarget(ctx context.Context, target *linkv1.Target) (net.Conn
 		case errors.Is(err, runtime.ErrStaleGeneration):
 			return nil, grpcerr.New(codes.FailedPrecondition, "STALE_GENERATION", "%v", err)
 		case errors.Is(err, runtime.ErrNotFound):
-			return nil, grpcerr.New(codes.Unavailable, "SESSION_NOT_RUNNING", "%v", err)
+			return nil, grpcerr.New(codes.FailedPrecondition, "SESSION_NOT_RUNNING", "%v", err)
 		case errors.Is(err, syscall.ECONNREFUSED):
 			return nil, grpcerr.New(codes.Unavailable, "PORT_CLOSED", "nothing listens on port %d in session %s", t.GetPort(), t.GetSessionId())
 		default:

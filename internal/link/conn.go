@@ -36,13 +36,13 @@ type conn struct {
 	local  net.Addr
 	remote net.Addr
 
-	incoming chan []byte   // from the reader goroutine; closed after readErr is set
-	readErr  error         // why incoming was closed
-	rest     []byte        // what Read has not given out yet
-	readMu   sync.Mutex    // one Read at a time
-	writeMu  sync.Mutex    // one Write or CloseWrite at a time
+	incoming chan []byte // from the reader goroutine; closed after readErr is set
+	readErr  error       // why incoming was closed
+	rest     []byte      // what Read has not given out yet
+	readMu   sync.Mutex  // one Read at a time
+	writeMu  sync.Mutex  // one Write or CloseWrite at a time
 	finSent  atomic.Bool
-	eofRead  atomic.Bool // Read has given out everything up to the peer's end
+	eofRead  atomic.Bool   // Read has given out everything up to the peer's end
 	closed   chan struct{} // closed by Close
 	once     sync.Once
 	done     chan struct{} // closed when the reader goroutine has ended

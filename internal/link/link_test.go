@@ -370,4 +370,3 @@ func TestLinkComesBack(t *testing.T) {
 		t.Fatal(err)
 	}
 }
-
