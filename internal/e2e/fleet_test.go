@@ -129,6 +129,14 @@ func threeProcesses(tb testing.TB, name string) *fleet {
 	tb.Helper()
 	f := newFleet(tb, name)
 	f.startServer(tb)
+	f.startMembers(tb)
+	f.waitReady(tb)
+	return f
+}
+
+// startMembers starts gateway and node daemon, which join with the fleet's token.
+func (f *fleet) startMembers(tb testing.TB) {
+	tb.Helper()
 	token, err := os.ReadFile(filepath.Join(f.serverDir, "pki", "join-token"))
 	if err != nil {
 		tb.Fatal(err)
@@ -141,8 +149,6 @@ func threeProcesses(tb testing.TB, name string) *fleet {
 	f.noteRunDir()
 	f.gateway.start(tb)
 	f.node.start(tb)
-	f.waitReady(tb)
-	return f
 }
 
 // noteRunDir remembers where the private containerd of the node keeps its socket.
@@ -338,6 +344,23 @@ func (f *fleet) hostFile(tb testing.TB, session, file string) string {
 	return found[0]
 }
 
+// endAfter ends the fleet after the test. Call it before sessions are made, which
+// are deleted first.
+func (f *fleet) endAfter(t *testing.T) {
+	t.Cleanup(func() {
+		if t.Failed() {
+			for _, p := range []*process{f.server, f.gateway, f.node} {
+				if p != nil {
+					t.Log(p.tail(40))
+				}
+			}
+		}
+		if err := f.end(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // end stops all processes and removes what they made on this machine.
 func (f *fleet) end() error {
 	if f == nil {
@@ -396,7 +419,7 @@ func shared(tb testing.TB) *fleet {
 	tb.Helper()
 	needReal(tb)
 	sharedFleet.once.Do(func() {
-		f := newFleetStarted(tb)
+		f := threeProcesses(tb, "three")
 		f.importImage(tb)
 		sharedFleet.fleet = f
 	})
@@ -411,11 +434,6 @@ func shared(tb testing.TB) *fleet {
 			}
 		}
 	})
-	return f
-}
-
-func newFleetStarted(tb testing.TB) *fleet {
-	f := threeProcesses(tb, "three")
 	return f
 }
 

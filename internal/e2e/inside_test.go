@@ -18,20 +18,25 @@ import (
 	cloudcodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/v1"
 )
 
-// bash runs a command in the session's container, as OpenCode's shell endpoint
-// does it, and returns its output.
+// bash lets the agent run a command in the session's container with OpenCode's
+// bash tool, and returns what the tool showed.
 func (f *fleet) bash(tb testing.TB, session, command string) string {
 	tb.Helper()
 	oc := f.openCode(session)
 	chat := oc.newChat(tb)
-	var m message
-	oc.do(tb, "POST", "/session/"+chat+"/shell", map[string]any{"agent": "build", "command": command}, &m)
-	for _, p := range m.Parts {
-		if p.Type == "tool" {
-			return p.State.Output
+	oc.prompt(tb, chat, "bash "+command)
+	list, err := oc.messages(bounded(tb, 20*time.Second), chat)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	for _, m := range list {
+		for _, p := range m.Parts {
+			if p.Type == "tool" {
+				return p.State.Output
+			}
 		}
 	}
-	tb.Fatalf("no output of %q: %+v", command, m)
+	tb.Fatalf("the agent did not run %q: %+v", command, list)
 	return ""
 }
 
@@ -48,10 +53,11 @@ func TestInside(t *testing.T) {
 			dpkg-deb --build pkg e2e.deb >/dev/null
 			apt-get install -y -o Acquire::Languages=none ./e2e.deb 2>&1 | tail -3; stat -c 'owner %U' /opt/e2e/file; apt-get remove -y e2e >/dev/null 2>&1; test ! -e /opt/e2e/file && echo removed`,
 			"owner e2euser\nremoved"},
-		"npm": {`set -e; mkdir -p /tmp/lib/bin && cd /tmp/lib && printf '{"name":"e2e-lib","version":"1.0.0","bin":{"e2e-tool":"bin/tool.js"},"scripts":{"postinstall":"node -e \"require(\\"fs\\").writeFileSync(\\"ran\\",\\"\\")\""}}' > package.json
-			printf '#!/usr/bin/env node\nconsole.log("tool runs")\n' > bin/tool.js
-			npm pack --silent >/dev/null; mkdir -p app && cd app && npm init -y >/dev/null && npm install --offline --no-audit --no-fund ../e2e-lib-1.0.0.tgz 2>&1 | tail -1; npx --no-install e2e-tool; ls node_modules/e2e-lib`,
-			"tool runs"},
+		"npm": {`set -e; mkdir -p /tmp/lib/bin && cd /tmp/lib && cat > package.json <<'J'
+{"name":"e2e-lib","version":"1.0.0","bin":{"e2e-tool":"bin/tool.js"},"scripts":{"postinstall":"touch ran"}}
+J
+			printf '#!/usr/bin/env node\nconsole.log("tool runs")\n' > bin/tool.js; export npm_config_update_notifier=false; npm pack --silent >/dev/null; mkdir -p app && cd app && npm init -y >/dev/null && npm install --offline --no-audit --no-fund ../e2e-lib-1.0.0.tgz 2>&1 | tail -1; npx --no-install e2e-tool; ls node_modules/e2e-lib/ran`,
+			"tool runs\nnode_modules/e2e-lib/ran"},
 		"git": {`set -e; cd; mkdir -p s3/workspace/project/repo && cd s3/workspace/project/repo; git init -q; echo 1 > a; git add a; git -c user.name=e -c user.email=e@example.com commit -qm first; git log --format=%s; git status --porcelain | wc -l; git clone -q . ../clone && cat ../clone/a`,
 			"first\n0\n1"},
 		"python": {`python3 -m venv /tmp/venv && /tmp/venv/bin/python -c 'import sys; print("python ok", sys.version_info >= (3, 12))'`, "python ok True"},
@@ -83,24 +89,42 @@ func TestIsolation(t *testing.T) {
 	if net.ParseIP(address) == nil {
 		t.Fatalf("no address of %s: %q", two, address)
 	}
-	probe := func(session, addr, port string) string {
-		return strings.TrimSpace(f.bash(t, session, fmt.Sprintf(`timeout 3 python3 -c 'import socket; socket.create_connection((%q, %s), 2); print("reached")' 2>&1 | tail -1`, addr, port)))
-	}
-	if got := probe(two, address, "8100"); got != "reached" {
-		t.Fatalf("the session does not reach its own server: %s", got)
-	}
 	_, modelPort, _ := net.SplitHostPort(model(t).listener.Addr().String())
-	if got := probe(one, f.bridgeIP, modelPort); got != "reached" {
-		t.Fatalf("the session does not reach the machine's bridge at all: %s", got)
+	targets := []struct{ what, addr, port string }{
+		{"the machine's bridge address, where the model is,", f.bridgeIP, modelPort},
+		{"the server at its bridge address", address, "8100"},
+		{"OpenCode at its bridge address", address, "2633"},
+		{"the server at loopback", "127.0.0.1", "8100"},
+		{"the machine's loopback", "127.0.0.1", hostPort},
 	}
-	for what, to := range map[string][2]string{
-		"the other's bridge address": {address, "8100"},
-		"the other's OpenCode":       {address, "2633"},
-		"the other's loopback":       {"127.0.0.1", "8100"},
-		"the machine's loopback":     {"127.0.0.1", hostPort},
+	probe := `python3 - <<'EOF'
+import socket
+def reach(a, p):
+    try:
+        socket.create_connection((a, p), 1.5).close()
+        return "reached"
+    except OSError as e:
+        return "not reached: " + str(e)
+`
+	for _, to := range targets {
+		probe += fmt.Sprintf("print(reach(%q, %s))\n", to.addr, to.port)
+	}
+	for _, c := range []struct {
+		session, who string
+		want         []bool
+	}{
+		{one, "another session", []bool{true, false, false, false, false}},
+		// The proof that the server is there to be reached.
+		{two, "the session itself", []bool{true, true, false, true, false}},
 	} {
-		if got := probe(one, to[0], to[1]); got == "reached" || !strings.Contains(got, "Error") && !strings.Contains(got, "timed out") && got != "" {
-			t.Errorf("%s is reached at %v: %q", what, to, got)
+		got := strings.Split(strings.TrimSpace(f.bash(t, c.session, probe+"EOF")), "\n")
+		if len(got) != len(targets) {
+			t.Fatalf("the probe says %q", got)
+		}
+		for i, to := range targets {
+			if (got[i] == "reached") != c.want[i] || got[i] != "reached" && !strings.HasPrefix(got[i], "not reached: ") {
+				t.Errorf("from %s, %s is %s", c.who, to.what, got[i])
+			}
 		}
 	}
 	// Nor does the machine's network lead in.
@@ -208,8 +232,8 @@ func TestRestarts(t *testing.T) {
 		before := f.get(t, id)
 		ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 		defer cancel()
-		_ = oc.try(ctx, "POST", "/session/"+chat+"/shell", map[string]any{"agent": "build", "command": `python3 -c 'b = []
-while True: b.append(bytearray(16 << 20))'; echo "exit $?"`}, nil) // breaks off if OpenCode dies
+		_ = oc.try(ctx, "POST", "/session/"+chat+"/message", prompt(`bash python3 -c 'b = []
+while True: b.append(bytearray(16 << 20))'; echo "exit $?"`), nil) // breaks off if OpenCode dies
 		s := f.waitSession(t, id, "well again", func(s *cloudcodev1.Session) bool {
 			return s.GetState() == cloudcodev1.Session_RUNNING && oc.try(ctx, "GET", "/global/health", nil, nil) == nil
 		})
@@ -219,8 +243,10 @@ while True: b.append(bytearray(16 << 20))'; echo "exit $?"`}, nil) // breaks off
 				t.Fatal(err)
 			}
 			out := ""
-			for _, p := range list[len(list)-1].Parts {
-				out += p.State.Output
+			for _, m := range list {
+				for _, p := range m.Parts {
+					out += p.State.Output
+				}
 			}
 			if !strings.Contains(out, "exit 137") {
 				t.Errorf("the tool was not killed: %q", out)

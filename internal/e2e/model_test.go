@@ -146,7 +146,10 @@ func (r modelRequest) prompt() (text string, results []string) {
 			results = append(results, msg.text())
 		}
 	}
-	return strings.Trim(text, `"`), results // `opencode run` quotes its message
+	if len(text) > 1 && text[0] == '"' && text[len(text)-1] == '"' {
+		text = text[1 : len(text)-1] // `opencode run` quotes its message
+	}
+	return text, results
 }
 
 // answer is one turn of the model.
@@ -179,7 +182,7 @@ func (m *stubModel) script(r modelRequest) answer {
 		return answer{parts: []string{"Wrote ", file, ", and bash said: ", results[1]}}
 	case "bash":
 		if len(results) == 0 {
-			return bash(rest)
+			return bash(strings.TrimSpace(strings.TrimPrefix(text, "bash ")))
 		}
 		return answer{parts: []string{"bash said: ", results[0]}}
 	case "slow":

@@ -5,6 +5,7 @@ package e2e
 import (
 	"net/url"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -157,7 +158,11 @@ func sameJSON(a, b string) bool { return a == b }
 func TestSession(t *testing.T) {
 	f := shared(t)
 	id := idPrefix + "told"
-	out := f.cli(t, "session", "create", id, "--wait", "--label", "team=e2e", "--env", "GREETING=good day",
+	config := filepath.Join(t.TempDir(), "opencode.json")
+	if err := os.WriteFile(config, []byte(model(t).config(f.bridgeIP)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out := f.cli(t, "session", "create", id, "--wait", "--opencode-config", config, "--label", "team=e2e", "--env", "GREETING=good day",
 		"--cpu", "2", "--memory", "2Gi", "-o", "json")
 	t.Cleanup(func() { f.remove(t, id) })
 	if !strings.Contains(out, id) || !strings.Contains(out, "RUNNING") {
