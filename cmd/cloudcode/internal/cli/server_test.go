@@ -70,6 +70,21 @@ func TestRealServer(t *testing.T) {
 	run(0, "", "no nodes", "node", "list")
 	run(exitNotFound, "", "cloudcode node list", "node", "get", "n1")
 	run(0, "session other deleted", "", "session", "delete", "--yes", "--wait", "other")
+	run(exitUsage, "", "", "session", "events", "main", "--after", "no such id")
 
+	// The events of a session up to its end.
+	followed := make(chan result, 1)
+	out := &notifyingBuffer{wrote: make(chan struct{})}
+	go func() {
+		followed <- invocation{out: out}.run(t, "--data-dir", dir, "session", "events", "main")
+	}()
+	select {
+	case <-out.wrote:
+	case r := <-followed:
+		t.Fatalf("it ended before the first event: %+v", r)
+	}
 	run(0, "session main deleted", "", "session", "delete", "--yes", "--wait", "main")
+	if r := <-followed; r.code != 0 || !strings.Contains(r.out, "PENDING") || !strings.Contains(r.out, "end ") {
+		t.Errorf("%+v", r)
+	}
 }
