@@ -49,7 +49,7 @@ lint: ## go vet, staticcheck, gofumpt, buf lint and breaking, generated code up 
 .PHONY: generate
 generate: ## Generate code and documents from the proto files and the command line
 	$(TOOL) buf generate
-	$(GO) test ./cmd/cloudcode/... -run TestDocs -update
+	$(GO) generate ./cmd/cloudcode
 
 .PHONY: bench
 bench: deps build ## Measure, side by side with what one would use instead

@@ -10,7 +10,7 @@ mapfile -t sources < <(git ls-files -co --exclude-standard '*.go' | grep -v -E '
 
 say "gofumpt"
 unformatted=$(tool gofumpt -l "${sources[@]}")
-[ -z "$unformatted" ] || { printf 'not formatted (run: go tool -modfile=tools/go.mod gofumpt -w FILE):\n%s\n' "$unformatted" >&2; exit 1; }
+[ -z "$unformatted" ] || { printf "not formatted (run: go tool -modfile=tools/go.mod gofumpt -w FILE):\n%s\n" "$unformatted" >&2; exit 1; }
 
 say "go vet"
 go vet ./...

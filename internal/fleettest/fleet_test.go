@@ -330,8 +330,8 @@ func TestTwoNodes(t *testing.T) {
 			t.Errorf("through the gateway: %d %s", code, body)
 		}
 	}
-	s := f.Create("nowhere", &cloudcodev1.Session{Spec: &cloudcodev1.SessionSpec{NodeSelector: map[string]string{"name": "n3"}}})
-	if s = f.Await("nowhere", "explained", func(s *cloudcodev1.Session) bool { return s.GetReason() == "NO_MATCHING_NODE" }); !strings.Contains(s.GetMessage(), "n3") {
+	f.Create("nowhere", &cloudcodev1.Session{Spec: &cloudcodev1.SessionSpec{NodeSelector: map[string]string{"name": "n3"}}})
+	if s := f.Await("nowhere", "explained", func(s *cloudcodev1.Session) bool { return s.GetReason() == "NO_MATCHING_NODE" }); !strings.Contains(s.GetMessage(), "n3") {
 		t.Errorf("message %q", s.GetMessage())
 	}
 }

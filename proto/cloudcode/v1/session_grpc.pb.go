@@ -51,8 +51,9 @@ type SessionServiceClient interface {
 	// ListSessions returns sessions ordered by id.
 	ListSessions(ctx context.Context, in *ListSessionsRequest, opts ...grpc.CallOption) (*ListSessionsResponse, error)
 	// UpdateSession changes labels and spec. Labels and CPU, memory and PID
-	// limits change in place; any other change of the spec restarts the
-	// session's container, with workspace and chats kept.
+	// limits change in place; a node selector counts for the next placement; any
+	// other change of the spec restarts the session's container, with workspace
+	// and chats kept.
 	//
 	// Errors: NOT_FOUND; INVALID_ARGUMENT; ABORTED if etag is given and old;
 	// FAILED_PRECONDITION while the session is being deleted.
@@ -193,8 +194,9 @@ type SessionServiceServer interface {
 	// ListSessions returns sessions ordered by id.
 	ListSessions(context.Context, *ListSessionsRequest) (*ListSessionsResponse, error)
 	// UpdateSession changes labels and spec. Labels and CPU, memory and PID
-	// limits change in place; any other change of the spec restarts the
-	// session's container, with workspace and chats kept.
+	// limits change in place; a node selector counts for the next placement; any
+	// other change of the spec restarts the session's container, with workspace
+	// and chats kept.
 	//
 	// Errors: NOT_FOUND; INVALID_ARGUMENT; ABORTED if etag is given and old;
 	// FAILED_PRECONDITION while the session is being deleted.
