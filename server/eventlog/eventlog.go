@@ -167,37 +167,34 @@ func (l *Log) followOnce() error {
 	return l.ctx.Err()
 }
 
-// acquire returns the feed of a session, made if there is none. Returns
-// fleet.ErrNotFound if there is no such session. The caller releases it.
-func (l *Log) acquire(ctx context.Context, id string) (*feed, error) {
-	var uid string
-	if err := l.config.Store.View(ctx, func(tx store.ReadTx) error {
-		s, err := tx.Session(id)
-		if err != nil {
-			return err
-		}
-		uid = s.UID
-		return nil
+// acquire returns the feed of a session, made if there is none, and the session
+// as it is. Returns fleet.ErrNotFound if there is no such session. The caller
+// releases the feed.
+func (l *Log) acquire(ctx context.Context, id string) (*feed, *fleet.Session, error) {
+	var session *fleet.Session
+	if err := l.config.Store.View(ctx, func(tx store.ReadTx) (err error) {
+		session, err = tx.Session(id)
+		return err
 	}); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.closed {
-		return nil, errStopping
+		return nil, nil, errStopping
 	}
 	f := l.feeds[id]
-	if f == nil || f.uid != uid {
+	if f == nil || f.uid != session.UID {
 		// One of an older session of this id ends by itself, as soon as it looks.
 		if f != nil {
 			f.offerReload()
 		}
-		f = newFeed(l, id, uid)
+		f = newFeed(l, id, session.UID)
 		l.feeds[id] = f
 		l.wg.Go(func() { f.run(l.ctx) })
 	}
 	f.subscribers++
-	return f, nil
+	return f, session, nil
 }
 
 var errStopping = fmt.Errorf("%w: the server is stopping", fleet.ErrUnavailable)
@@ -253,13 +250,13 @@ func (l *Log) Subscribe(ctx context.Context, sessionID, after string) iter.Seq2[
 				return
 			}
 		}
-		f, err := l.acquire(ctx, sessionID)
+		f, session, err := l.acquire(ctx, sessionID)
 		if err != nil {
 			yield(nil, err)
 			return
 		}
 		defer l.release(f)
-		s := &subscriber{feed: f, yield: yield, id: after, at: at, resumed: after != "", foreign: tag != f.tag}
+		s := &subscriber{feed: f, yield: yield, session: session, id: after, at: at, resumed: after != "", foreign: tag != f.tag}
 		s.run(ctx)
 	}
 }

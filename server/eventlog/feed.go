@@ -247,7 +247,7 @@ func (f *feed) lifecycle(events []*fleet.LifecycleEvent) {
 func (f *feed) lifecycleEntry(e *fleet.LifecycleEvent) *entry {
 	session := f.log.config.Session(e.Session)
 	return &entry{
-		kind: kindLifecycle, time: e.Time, size: proto.Size(session) + overhead,
+		kind: kindLifecycle, revision: e.Session.Revision, time: e.Time, size: proto.Size(session) + overhead,
 		event: &cloudcodev1.SessionEvent{
 			Time:  timestamppb.New(e.Time),
 			Event: &cloudcodev1.SessionEvent_Lifecycle{Lifecycle: &cloudcodev1.LifecycleEvent{Session: session}},
@@ -452,6 +452,7 @@ func (f *feed) end() {
 	var of *fleet.LifecycleEvent
 	if !f.deleting && s != nil {
 		s = s.Clone()
+		s.Revision++ // it has no record of its own any more
 		s.Deleting, s.State, s.Reason, s.Message, s.Progress = true, fleet.StateDeleting, "", "", nil
 		of = &fleet.LifecycleEvent{Sequence: sequence, Time: now, Session: s}
 		last = f.lifecycleEntry(of)

@@ -26,6 +26,8 @@ type entry struct {
 	time   time.Time
 	old    bool // the node held it before the feed first reached the node
 	size   int
+
+	revision uint64 // of the session in a lifecycle event
 }
 
 // ring holds the newest events of a session, for all subscribers.

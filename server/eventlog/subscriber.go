@@ -7,6 +7,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	cloudcodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/v1"
+	"github.com/cloudcode-dev/cloudcode/server/fleet"
 )
 
 // clockSkew is how far a node's clock may be behind before new events count as old.
@@ -27,6 +28,9 @@ type subscriber struct {
 	resumed bool      // began behind an event
 	foreign bool      // that event is of another session that had this id
 	since   time.Time // leave out events that the node held before; zero: none
+
+	session *fleet.Session // as it was when this began
+	shown   uint64         // its revision, if it was given
 }
 
 // run yields until ctx or the session ends, or the caller has enough.
@@ -100,16 +104,20 @@ func (s *subscriber) begin(subscribed time.Time) bool {
 		return true
 	}
 	s.at, s.next = v.at, v.next
-	if v.session == nil { // gone before it was read: the end follows
-		return true
+	// The feed may be a moment behind what the caller has seen already, or the
+	// other way round.
+	session := s.session
+	if v.session != nil && v.session.Revision > session.Revision {
+		session = v.session
 	}
+	s.shown = session.Revision
 	if v.blind {
 		s.since = subscribed.Add(-clockSkew)
 	}
 	return s.give(&cloudcodev1.SessionEvent{
 		Id: s.at.id(s.feed.tag), Time: timestamppb.Now(),
 		Event: &cloudcodev1.SessionEvent_Lifecycle{Lifecycle: &cloudcodev1.LifecycleEvent{
-			Session: s.feed.log.config.Session(v.session),
+			Session: s.feed.log.config.Session(session),
 		}},
 	})
 }
@@ -145,7 +153,7 @@ func (s *subscriber) pass(e *entry) bool {
 	case kindLifecycle:
 		s.at.lifecycle = e.at.lifecycle
 	}
-	if e.kind == kindRing && e.old && e.time.Before(s.since) {
+	if e.kind == kindRing && e.old && e.time.Before(s.since) || e.kind == kindLifecycle && e.revision <= s.shown {
 		return true
 	}
 	if s.at == e.at {
