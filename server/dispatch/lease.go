@@ -128,14 +128,7 @@ func (d *Dispatcher) expire(ctx context.Context) {
 		case <-d.wake:
 		case <-timer.C:
 		}
-		now := time.Now()
-		if !planned.IsZero() && now.Sub(planned) > late {
-			d.log.WarnContext(ctx, "the server did not run for a while; every node gets a fresh lease", "late", now.Sub(planned))
-			d.mu.Lock()
-			d.grace(now)
-			d.mu.Unlock()
-		}
-		found, next := d.lapse(now)
+		found, next := d.lapse(time.Now(), planned)
 		due = append(due, found...)
 		if len(due) > 0 {
 			if err := d.storeLapsed(ctx, due); err == nil {
@@ -152,11 +145,15 @@ func (d *Dispatcher) expire(ctx context.Context) {
 }
 
 // lapse takes the registrations whose lease has ended, and says how long no
-// other can end. They are over from here on and not only once that is stored: a
+// other can end; planned is when this should have run, zero if never. They are over from here on and not only once that is stored: a
 // heartbeat that was answered in between would promise a lease that is not kept.
-func (d *Dispatcher) lapse(now time.Time) (found []lapsed, next time.Duration) {
+func (d *Dispatcher) lapse(now, planned time.Time) (found []lapsed, next time.Duration) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if behind := now.Sub(planned); !planned.IsZero() && behind > late {
+		d.log.Warn("the server did not run for a while; every node gets a fresh lease", "late", behind)
+		d.grace(now)
+	}
 	next = time.Hour
 	for node, r := range d.nodes {
 		if left := r.deadline.Sub(now); left > 0 {
