@@ -46,6 +46,7 @@ debian_packages() {
   need /etc/ssl/certs/ca-certificates.crt ca-certificates
   if [ "$1" = test ]; then
     need chromium chromium
+    need tmux tmux
   fi
   [ ${#packages[@]} -eq 0 ] && return
   have apt-get || die "these are missing, and there is no apt-get to install them with: ${packages[*]}"

@@ -1,11 +1,14 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
+	"net/http"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -116,6 +119,7 @@ func (u *up) run(cmd *cobra.Command) (err error) {
 	if err := u.ensureSession(cmd); err != nil {
 		return interruptedIsFine(ctx, err)
 	}
+	u.awaitAnswer(ctx, dataDir, gw.Addr())
 	if ctx.Err() == nil {
 		if err := u.print(dataDir, srv.Addr().String(), gw.BaseURI()); err != nil {
 			return err
@@ -178,6 +182,50 @@ func (u *up) ensureSession(cmd *cobra.Command) error {
 	return cli.EnsureSession(cmd, u.session, sessionTimeout)
 }
 
+// awaitAnswer returns once the session's OpenCode answers through the gateway, or
+// is known not to. After a restart the server has what it knew last: that a
+// session runs is true only when it answers.
+func (u *up) awaitAnswer(ctx context.Context, dataDir, gateway string) {
+	if u.session == "" {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, sessionTimeout)
+	defer cancel()
+	host, port, err := net.SplitHostPort(gateway)
+	if err != nil {
+		return
+	}
+	if ip := net.ParseIP(host); ip == nil || ip.IsUnspecified() {
+		host = "127.0.0.1"
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+net.JoinHostPort(host, port)+"/v1/sessions/"+u.session+"/proxy/global/health", nil)
+	if err != nil {
+		return
+	}
+	for _, token := range localTokens(dataDir) {
+		req.Header.Set("Authorization", "Bearer "+token)
+	}
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	for {
+		resp, err := client.Do(req)
+		if err != nil {
+			return
+		}
+		body, _ := io.ReadAll(io.LimitReader(resp.Body, 64<<10))
+		_ = resp.Body.Close()
+		starting := resp.StatusCode == http.StatusBadGateway ||
+			resp.StatusCode == http.StatusServiceUnavailable && bytes.Contains(body, []byte(`"state":"STARTING"`))
+		if !starting {
+			return
+		}
+		select {
+		case <-time.After(100 * time.Millisecond):
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
 // print says what to open and what to paste.
 func (u *up) print(dataDir, grpc, baseURI string) error {
 	base, err := url.Parse(baseURI)
@@ -199,7 +247,9 @@ func (u *up) print(dataDir, grpc, baseURI string) error {
 		fmt.Fprintf(u.out, "  curl%s %s/v1/sessions/%s\n", curlAuth, base, u.session)
 		fmt.Fprintf(u.out, "  grpcurl -cacert %s%s -d '{\"name\":\"sessions/%s\"}' %s cloudcode.v1.SessionService/GetSession\n",
 			filepath.Join(dataDir, "pki", "ca.crt"), grpcAuth, u.session, grpc)
-		fmt.Fprintf(u.out, "  opencode attach %s%s\n", &web, attachAuth)
+		// By path: not every machine's resolver knows names below localhost, as
+		// browsers and curl do.
+		fmt.Fprintf(u.out, "  opencode attach %s/v1/sessions/%s/proxy%s\n", base, u.session, attachAuth)
 	}
 	_, err = fmt.Fprintf(u.out, "\nCtrl-C ends it. Another terminal: cloudcode session list\n")
 	return err

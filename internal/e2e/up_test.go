@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"fmt"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -45,12 +46,17 @@ func TestUp(t *testing.T) {
 			return ""
 		})
 		f.dial(t)
+		// What it says is true, also when the session ran before.
+		code, body, err := f.call(bounded(t, 5*time.Second), "GET", "http://"+f.host(id)+"/global/health", nil)
+		if err != nil || code != http.StatusOK {
+			t.Fatalf("up says that it runs, and its session answers %d %s %v", code, body, err)
+		}
+		if s := f.get(t, id); s.GetState() != cloudcodev1.Session_RUNNING {
+			t.Fatalf("up says that it runs, and its session is %v", s)
+		}
 	}
 	start()
 	f.waitReady(t)
-	if s := f.get(t, id); s.GetState() != cloudcodev1.Session_RUNNING {
-		t.Fatalf("up says that it runs, and its session is %v", s)
-	}
 
 	t.Run("lines to paste", func(t *testing.T) { pasteLines(t, f, id) })
 
@@ -149,7 +155,7 @@ func pasteLines(t *testing.T, f *fleet, id string) {
 		}
 	}
 	// The session has no model yet: the screen that asks is what there is to see.
-	attach(t, named(t, id, "env", path, "SERVER_PASSWORD="+password, "bash", "-euc", "exec "+line("opencode")), "")
+	attach(t, []string{"env", path, "SERVER_PASSWORD=" + password, "bash", "-euc", "exec " + line("opencode")}, "")
 	for _, what := range []string{"dashboard", "session"} {
 		f := strings.Fields(line(what))
 		if len(f) != 2 || !strings.HasPrefix(f[1], "http://") {
