@@ -155,6 +155,16 @@ func apply(tx store.Tx, s *fleet.Session, a Action, password string) error {
 		return tx.DeleteSession(s.ID)
 	}
 	before := *s
+	if a.State == fleet.StateLost && s.Assignment != nil {
+		// The node may have come back since the plan was made, and have said how the
+		// session is. It does not say so twice: LOST after that would stay.
+		n, err := tx.Node(s.Assignment.Node)
+		if err == nil && n.State == fleet.NodeReady {
+			return fmt.Errorf("%w: node %s is ready again", fleet.ErrAborted, n.ID)
+		} else if err != nil && !errors.Is(err, fleet.ErrNotFound) {
+			return err
+		}
+	}
 	if err := s.SetState(a.State, a.Reason, a.Message); err != nil {
 		return err
 	}

@@ -227,3 +227,40 @@ func TestApplyRefusesOldPlans(t *testing.T) {
 		}
 	}
 }
+
+// A node that is back has said, or says now, how its sessions are, and does not
+// say so twice: LOST after that would leave the session waiting for ever.
+func TestApplyDoesNotLoseSessionsOfANodeThatIsBack(t *testing.T) {
+	s, err := boltstore.Open(filepath.Join(t.TempDir(), "fleet.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	r := New(s, slog.New(slog.DiscardHandler))
+	for name, change := range map[string]func(*fleet.Session){
+		"runs":     func(*fleet.Session) {},
+		"new spec": func(s *fleet.Session) { s.Spec.Image = "new" },
+	} {
+		sess := with(pending("a"), func(s *fleet.Session) {
+			s.State, s.Generation = fleet.StateRunning, 1
+			s.Assignment = &fleet.Assignment{Node: "n1", Generation: 1, Spec: s.Spec.Clone()}
+			change(s)
+		})
+		put(t, s, sess, away("n1"))
+		plan := Plan(Snapshot{Sessions: []*fleet.Session{get(t, s, "a")}, Nodes: []*fleet.Node{away("n1")}}, time.Now())
+		if len(plan) != 1 || plan[0].State != fleet.StateLost {
+			t.Fatalf("%s: plan %+v", name, plan)
+		}
+		put(t, s, ready("n1"))
+		if _, err := r.Apply(t.Context(), plan[0]); !errors.Is(err, fleet.ErrAborted) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if got := get(t, s, "a"); got.State != fleet.StateRunning {
+			t.Errorf("%s: %s", name, got.State)
+		}
+		put(t, s, away("n1"))
+		if _, err := r.Apply(t.Context(), plan[0]); err != nil {
+			t.Errorf("%s: the node is away again: %v", name, err)
+		}
+	}
+}
