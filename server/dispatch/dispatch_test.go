@@ -120,11 +120,6 @@ func (f *fixture) start() {
 	synctest.Wait()
 }
 
-func (f *fixture) restart() {
-	f.stop()
-	f.start()
-}
-
 func as(ctx context.Context, node string) context.Context {
 	return metadata.AppendToOutgoingContext(ctx, "node", node)
 }
