@@ -14,6 +14,7 @@ import (
 
 	"google.golang.org/protobuf/proto"
 
+	"github.com/cloudcode-dev/cloudcode/internal/container"
 	"github.com/cloudcode-dev/cloudcode/internal/link"
 	"github.com/cloudcode-dev/cloudcode/internal/pki"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/runtime"
@@ -64,25 +65,21 @@ func (a *Agent) applyAll(assignments []*nodev1.Assignment) {
 			removes = append(removes, id)
 		}
 	}
-	var strays []string
 	for id := range a.adopted {
 		if !wanted[id] {
-			strays = append(strays, id)
+			a.log.Warn("a container is here that is not assigned to this node: stopping it; its files stay", "session", id)
 			delete(a.adopted, id)
+			a.own(id, worker.Detach(a.workerCfg, id))
 		}
 	}
 	a.mu.Unlock()
 	a.apply(assignments, removes)
-	for _, id := range strays {
-		a.log.Warn("a container runs here that is not assigned to this node: stopping it; its files stay", "session", id)
-		a.wg.Go(func() {
-			ctx, cancel := context.WithTimeout(a.ctx, time.Minute)
-			defer cancel()
-			if err := a.runtime.Stop(ctx, id, 10*time.Second); err != nil {
-				a.log.Warn("cannot stop a container that is not assigned to this node", "session", id, "error", err)
-			}
-		})
-	}
+}
+
+// own keeps a worker until it has ended. a.mu is held.
+func (a *Agent) own(id string, w *worker.Worker) {
+	a.workers[id] = w
+	a.wg.Go(func() { a.forget(id, w) })
 }
 
 // apply starts and tells workers.
@@ -95,15 +92,22 @@ func (a *Agent) apply(upserts []*nodev1.Assignment, removes []string) {
 			continue // an old word that was on its way
 		}
 		a.assigned[id] = s
-		if w := a.workers[id]; w != nil && w.Assign(s) {
-			continue
+		before := a.workers[id]
+		if before != nil {
+			if before.Assign(s) {
+				continue
+			}
+			before.Assign(nil) // of an earlier session of this id, if it has not ended
 		}
 		inst, found := a.adopted[id]
 		delete(a.adopted, id)
+		if found && inst.Spec.Env[container.EnvPassword] != s.GetOpencodePassword() {
+			// A session keeps its password: this is an earlier session's container, and
+			// its generation means nothing for the new one.
+			before, found = worker.Detach(a.workerCfg, id), false
+		}
 		adopt := found && inst.State == runtime.StateRunning && inst.Generation == uint64(s.GetGeneration())
-		w := worker.Start(a.workerCfg, s, adopt)
-		a.workers[id] = w
-		a.wg.Go(func() { a.forget(id, w) })
+		a.own(id, worker.Start(a.workerCfg, s, adopt, before))
 	}
 	for _, id := range removes {
 		delete(a.assigned, id)

@@ -65,10 +65,13 @@ type Config struct {
 }
 
 // Worker owns one session on this node. Its loop is the only one that touches
-// the session's container.
+// the session's container. It is of one session for good: one that is made later
+// under the same id gets its own, with events and generations that begin anew.
 type Worker struct {
 	cfg     Config
 	session string
+	uid     string  // of the session; empty when only its container is known
+	before  *Worker // of an earlier session of this id: ends first; may be nil
 	log     *slog.Logger
 	events  *ring.Ring
 	cancel  context.CancelFunc
@@ -84,16 +87,34 @@ type Worker struct {
 
 // Start makes a worker for an assignment and runs it until Stop. adopt says that
 // the session's container ran before this daemon did, so that its state is not
-// reported as a new start.
-func Start(cfg Config, a *nodev1.Assignment, adopt bool) *Worker {
+// reported as a new start. before, if not nil, is the worker of an earlier session
+// of this id, or of a container of one: it was told to end, and does so first. It
+// is the new worker's from here on.
+func Start(cfg Config, a *nodev1.Assignment, adopt bool, before *Worker) *Worker {
+	return start(cfg, a.GetSessionId(), a, adopt, before)
+}
+
+// Detach makes a worker that stops the container of a session that is not this
+// node's, and ends.
+func Detach(cfg Config, session string) *Worker { return start(cfg, session, nil, false, nil) }
+
+func start(cfg Config, session string, a *nodev1.Assignment, adopt bool, before *Worker) *Worker {
 	ctx, cancel := context.WithCancel(context.Background())
 	w := &Worker{
-		cfg: cfg, session: a.GetSessionId(), log: cfg.Log.With("session", a.GetSessionId()),
+		cfg: cfg, session: session, uid: a.GetSessionUid(), before: before, log: cfg.Log.With("session", session),
 		events: ring.New(ringBytes, time.Now()), cancel: cancel, done: make(chan struct{}),
 		target: a, changed: make(chan struct{}),
 	}
 	go func() {
 		defer close(w.done)
+		if w.before != nil {
+			select {
+			case <-w.before.Done():
+			case <-ctx.Done():
+				w.before.Stop()
+			}
+			w.before = nil
+		}
 		w.run(ctx, adopt)
 	}()
 	return w
@@ -101,11 +122,12 @@ func Start(cfg Config, a *nodev1.Assignment, adopt bool) *Worker {
 
 // Assign tells the worker what is wanted now. nil: the session is no longer this
 // node's; its container is stopped, its folder stays, and the worker ends. False
-// means that it has ended already and takes nothing any more.
+// means that it takes this no more: it has ended, or is of another session that
+// had this id; then it must be told nil, and another worker started.
 func (w *Worker) Assign(a *nodev1.Assignment) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.ended {
+	if w.ended || a != nil && a.GetSessionUid() != w.uid {
 		return false
 	}
 	if proto.Equal(w.target, a) || a != nil && w.target != nil && a.GetGeneration() < w.target.GetGeneration() {

@@ -129,7 +129,7 @@ func (f *fixture) start(a *nodev1.Assignment, adopt bool) {
 			f.reports = append(f.reports, s)
 		},
 		Log: slog.New(slog.DiscardHandler),
-	}, a, adopt)
+	}, a, adopt, nil)
 	f.t.Cleanup(func() {
 		f.worker.Stop()
 		f.fake.Close()
