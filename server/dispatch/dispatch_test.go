@@ -159,7 +159,7 @@ func wantExpired(t *testing.T, err error) {
 }
 
 func wait(d time.Duration) {
-	time.Sleep(d) //nolint:forbidigo // in a bubble
+	time.Sleep(d) // in a bubble
 	synctest.Wait()
 }
 

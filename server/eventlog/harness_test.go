@@ -385,6 +385,6 @@ func errorIs(t *testing.T, err, want error) {
 
 // wait lets virtual time pass.
 func wait(d time.Duration) {
-	time.Sleep(d) //nolint:forbidigo // in a bubble
+	time.Sleep(d) // in a bubble
 	synctest.Wait()
 }

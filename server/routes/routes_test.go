@@ -182,7 +182,7 @@ func (f *fixture) put(sessions ...*fleet.Session) {
 }
 
 func wait(d time.Duration) {
-	time.Sleep(d) //nolint:forbidigo // in a bubble
+	time.Sleep(d) // in a bubble
 	synctest.Wait()
 }
 
