@@ -204,6 +204,13 @@ func (w *Worker) setServing(a *nodev1.Assignment) {
 	w.serving = a
 }
 
+// readyTime as it was reported last, nil if it is not known.
+func (w *Worker) readyTime() *timestamppb.Timestamp {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.status.GetReadyTime()
+}
+
 // report sends a status for an assignment, keeping what set leaves alone.
 func (w *Worker) report(a *nodev1.Assignment, set func(*nodev1.SessionStatus)) {
 	w.mu.Lock()
@@ -219,9 +226,12 @@ func (w *Worker) report(a *nodev1.Assignment, set func(*nodev1.SessionStatus)) {
 
 // run drives the session until ctx ends or it is no longer this node's.
 func (w *Worker) run(ctx context.Context, adopt bool) {
-	failures := 0 // in a row
+	failures := 0                 // in a row
+	var served *nodev1.Assignment // ran until it was replaced; nil after anything else
 	for ctx.Err() == nil {
 		a, changed := w.current()
+		adopt = adopt || served != nil && sameContainer(served, a)
+		served = nil
 		// Whatever ends with the assignment has this context.
 		actx, cancel := context.WithCancelCause(ctx)
 		stop := make(chan struct{})
@@ -244,6 +254,9 @@ func (w *Worker) run(ctx context.Context, adopt bool) {
 			ran, err = w.keepRunning(actx, a, adopt, failures)
 			if ran >= stableAfter {
 				failures = 0
+			}
+			if ran > 0 && err == nil {
+				served = a
 			}
 			adopt = false
 		}
@@ -268,6 +281,21 @@ func (w *Worker) run(ctx context.Context, adopt bool) {
 }
 
 var errReassigned = errors.New("assignment changed")
+
+// sameContainer says whether the container that runs for one assignment becomes
+// that of another in place: nobody is to be told that it starts.
+func sameContainer(a, b *nodev1.Assignment) bool {
+	if b == nil || b.GetDesiredState() != nodev1.Assignment_RUN || a.GetOpencodePassword() != b.GetOpencodePassword() {
+		return false
+	}
+	bare := func(a *nodev1.Assignment) *cloudcodev1.SessionSpec {
+		s := proto.CloneOf(a.GetSpec())
+		s.NodeSelector = nil
+		s.Resources = &cloudcodev1.Resources{DiskBytes: s.GetResources().GetDiskBytes()}
+		return s
+	}
+	return proto.Equal(bare(a), bare(b))
+}
 
 // backoff before try number failures+1.
 func backoff(failures int, err error) time.Duration {
@@ -352,7 +380,9 @@ func (w *Worker) keepRunning(actx context.Context, a *nodev1.Assignment, adopt b
 	w.setServing(a)
 	defer w.setServing(nil)
 	readyTime := timestamppb.New(ready)
-	if adopt && !inst.StartedAt.IsZero() {
+	if since := w.readyTime(); adopt && since != nil {
+		readyTime = since
+	} else if adopt && !inst.StartedAt.IsZero() {
 		readyTime = timestamppb.New(inst.StartedAt)
 	}
 	w.report(a, func(s *nodev1.SessionStatus) {

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/cloudcode-dev/cloudcode/nodeagent/ring"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/runtime"
@@ -345,6 +346,11 @@ func TestReassign(t *testing.T) {
 		f := newFixture(t)
 		f.start(assignment(1), false)
 		f.expect(nodev1.SessionStatus_RUNNING, "", 5*time.Second)
+		ready := f.last().GetReadyTime()
+		settle(time.Minute)
+		f.mu.Lock()
+		f.reports = nil
+		f.mu.Unlock()
 		next := assignment(2)
 		next.Spec.Resources.MemoryBytes = 1 << 30
 		f.worker.Assign(next)
@@ -358,8 +364,22 @@ func TestReassign(t *testing.T) {
 		if len(instances) != 1 || instances[0].Generation != 2 || instances[0].PID != 1001 {
 			t.Errorf("instances %+v: want the same process at generation 2", instances)
 		}
+		if len(f.reports) != 1 || !proto.Equal(s.GetReadyTime(), ready) {
+			t.Errorf("new limits, which interrupt nothing, were reported as %v", f.reports)
+		}
 		if _, err := f.worker.Dial(t.Context(), 1, 2633); !errors.Is(err, runtime.ErrStaleGeneration) {
 			t.Errorf("Dial of the old generation = %v", err)
+		}
+		// Another environment needs another container, and that is said.
+		other := assignment(3)
+		other.Spec.Env = map[string]string{"A": "b"}
+		f.worker.Assign(other)
+		settle(time.Second)
+		if s := f.expect(nodev1.SessionStatus_RUNNING, "", 5*time.Second); s.GetGeneration() != 3 || proto.Equal(s.GetReadyTime(), ready) {
+			t.Errorf("status %v", s)
+		}
+		if first := f.reports[1]; first.GetState() != nodev1.SessionStatus_STARTING || first.GetGeneration() != 3 {
+			t.Errorf("a new container was reported as %v", f.reports[1:])
 		}
 	})
 }
