@@ -244,6 +244,9 @@ func (h *Hub) Connect(s grpc.BidiStreamingServer[linkv1.ConnectRequest, linkv1.C
 	st := &hubStream{s: s, over: make(chan struct{})}
 	c := newConn(st, addr("hub"), addr(node))
 	if !h.answer(p, dialAnswer{conn: c}) {
+		// Its reader would wait for somebody to take what came already. Close waits
+		// for the stream, which ends when we return.
+		go c.Close()
 		return status.Error(codes.NotFound, "nobody waits for this connection any more")
 	}
 	select {
