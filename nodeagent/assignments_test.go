@@ -46,15 +46,15 @@ type machine struct {
 }
 
 // onMachine runs fn in virtual time, with a node daemon.
-func onMachine(t *testing.T, fn func(m *machine)) {
+func onMachine(t *testing.T, fn func(t *testing.T, m *machine)) {
 	dir := t.TempDir()
 	synctest.Test(t, func(t *testing.T) {
 		m := &machine{t: t, dir: dir, fake: runtimetest.NewFake("img")}
 		m.fake.Handler = func(string, uint16) http.Handler { return http.HandlerFunc(openCode) }
+		defer m.fake.Close()
 		m.boot()
-		fn(m)
-		m.halt()
-		m.fake.Close()
+		defer m.halt()
+		fn(t, m)
 	})
 }
 
@@ -73,7 +73,7 @@ func (m *machine) boot() {
 }
 
 func (m *machine) halt() {
-	if err := m.Stop(m.t.Context()); err != nil {
+	if err := m.Stop(context.Background()); err != nil {
 		m.t.Error(err)
 	}
 }
@@ -144,7 +144,7 @@ func (m *machine) expectEvents(want ...string) {
 // earlier one had come to.
 func TestSameIDAgain(t *testing.T) {
 	t.Run("a full set replaces", func(t *testing.T) {
-		onMachine(t, func(m *machine) {
+		onMachine(t, func(t *testing.T, m *machine) {
 			m.applyAll([]*nodev1.Assignment{assigned(1, 5)})
 			m.expectRunning(1, 5)
 			m.applyAll([]*nodev1.Assignment{assigned(2, 1)})
@@ -153,7 +153,7 @@ func TestSameIDAgain(t *testing.T) {
 		})
 	})
 	t.Run("removed and made at once", func(t *testing.T) {
-		onMachine(t, func(m *machine) {
+		onMachine(t, func(t *testing.T, m *machine) {
 			m.apply([]*nodev1.Assignment{assigned(1, 5)}, nil)
 			m.expectRunning(1, 5)
 			m.fake.FailNext("Stop", "s1", errors.New("stuck")) // the first worker takes its time
@@ -164,7 +164,7 @@ func TestSameIDAgain(t *testing.T) {
 		})
 	})
 	t.Run("the daemon was restarted", func(t *testing.T) {
-		onMachine(t, func(m *machine) {
+		onMachine(t, func(t *testing.T, m *machine) {
 			m.apply([]*nodev1.Assignment{assigned(1, 5)}, nil)
 			m.expectRunning(1, 5)
 			m.halt() // nothing was saved: all that is known is the container
@@ -175,7 +175,7 @@ func TestSameIDAgain(t *testing.T) {
 		})
 	})
 	t.Run("the daemon stops meanwhile", func(t *testing.T) {
-		onMachine(t, func(m *machine) {
+		onMachine(t, func(t *testing.T, m *machine) {
 			m.apply([]*nodev1.Assignment{assigned(1, 5)}, nil)
 			m.expectRunning(1, 5)
 			for range 10 {
@@ -188,7 +188,7 @@ func TestSameIDAgain(t *testing.T) {
 }
 
 func TestStraysAreStoppedInTheEnd(t *testing.T) {
-	onMachine(t, func(m *machine) {
+	onMachine(t, func(t *testing.T, m *machine) {
 		m.apply([]*nodev1.Assignment{assigned(1, 1)}, nil)
 		m.expectRunning(1, 1)
 		m.halt()
@@ -209,7 +209,7 @@ func TestStraysAreStoppedInTheEnd(t *testing.T) {
 }
 
 func TestAdoptionAfterRestart(t *testing.T) {
-	onMachine(t, func(m *machine) {
+	onMachine(t, func(t *testing.T, m *machine) {
 		m.apply([]*nodev1.Assignment{assigned(1, 3)}, nil)
 		m.saveState()
 		m.expectRunning(1, 3)

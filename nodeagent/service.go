@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"strings"
 	"syscall"
 	"time"
 
@@ -25,6 +26,7 @@ const (
 	eventBatch      = 256
 	eventBatchBytes = 512 << 10
 	logBatch        = 512
+	logBatchBytes   = 512 << 10
 )
 
 // service is what the node offers over the link.
@@ -36,7 +38,9 @@ type service struct {
 func (s *service) WatchEvents(req *nodev1.WatchEventsRequest, stream grpc.ServerStreamingServer[nodev1.WatchEventsResponse]) error {
 	ctx := stream.Context()
 	w, ok := s.agent.worker(req.GetSessionId())
-	if !ok {
+	// The events of a session that is being deleted are not for whoever asks now:
+	// he may know the next session of this id already, which is on its way here.
+	if !ok || w.Assignment().GetDesiredState() == nodev1.Assignment_DELETE {
 		return grpcerr.New(codes.NotFound, "SESSION_NOT_HERE", "session %s is not on this node", req.GetSessionId())
 	}
 	events := w.Events()
@@ -101,25 +105,42 @@ func (s *service) WatchEvents(req *nodev1.WatchEventsRequest, stream grpc.Server
 }
 
 func (s *service) ReadLogs(req *nodev1.ReadLogsRequest, stream grpc.ServerStreamingServer[nodev1.ReadLogsResponse]) error {
-	if _, ok := s.agent.worker(req.GetSessionId()); !ok {
+	w, ok := s.agent.worker(req.GetSessionId())
+	if !ok {
 		return grpcerr.New(codes.NotFound, "SESSION_NOT_HERE", "session %s is not on this node", req.GetSessionId())
 	}
+	// Following ends with the session on this node: what comes later in this
+	// folder is of another session.
+	ctx, cancel := context.WithCancel(stream.Context())
+	defer cancel()
+	go func() { // ends with ctx, which ends when we return
+		select {
+		case <-w.Done():
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
 	var batch []*cloudcodev1.LogEntry
+	size := 0
 	flush := func() error {
 		if len(batch) == 0 {
 			return nil
 		}
 		err := stream.Send(&nodev1.ReadLogsResponse{Entries: batch})
-		batch = nil
+		batch, size = nil, 0
 		return err
 	}
 	options := logger.ReadOptions{Follow: req.GetFollow(), TailLines: int(req.GetTailLines())}
-	for line, err := range logger.Read(stream.Context(), s.agent.logDir(req.GetSessionId()), options) {
+	for line, err := range logger.Read(ctx, s.agent.logDir(req.GetSessionId()), options) {
 		if err != nil {
 			return errors.Join(flush(), err)
 		}
-		batch = append(batch, &cloudcodev1.LogEntry{Time: timestamppb.New(line.Time), Stream: line.Stream, Line: line.Text})
-		if len(batch) >= logBatch || req.GetFollow() {
+		// Programs write what they like, and long lines are cut between any two
+		// bytes; what is no UTF-8 cannot be sent.
+		text := strings.ToValidUTF8(line.Text, "\uFFFD")
+		batch = append(batch, &cloudcodev1.LogEntry{Time: timestamppb.New(line.Time), Stream: line.Stream, Line: text})
+		size += len(text)
+		if len(batch) >= logBatch || size >= logBatchBytes || req.GetFollow() {
 			if err := flush(); err != nil {
 				return err
 			}

@@ -220,6 +220,9 @@ func (w *Worker) report(a *nodev1.Assignment, set func(*nodev1.SessionStatus)) {
 		next.RestartCount, next.OpencodeVersion, next.ReadyTime = old.GetRestartCount(), old.GetOpencodeVersion(), old.GetReadyTime()
 	}
 	set(next)
+	// Errors may quote anything; what is no UTF-8 could not be sent, and would hold
+	// up the reports of all sessions.
+	next.Message = strings.ToValidUTF8(next.GetMessage(), "\uFFFD")
 	w.status = next
 	w.cfg.Report(next)
 }
