@@ -56,6 +56,9 @@ type Config struct {
 	// Executable is the cloudcode binary, which containerd starts to keep logs.
 	Executable string
 
+	// Ephemeral: a Start that fails leaves no containerd behind, as after Teardown.
+	Ephemeral bool
+
 	Version string
 	Log     *slog.Logger
 
@@ -94,6 +97,9 @@ type gatewayLink struct {
 	id     string
 }
 
+// failedStartTimeout bounds what follows a start that failed.
+const failedStartTimeout = time.Minute
+
 // New checks the configuration.
 func New(cfg Config) (*Agent, error) {
 	if cfg.Log == nil {
@@ -129,8 +135,15 @@ func (a *Agent) NodeID() string { return a.cfg.NodeID }
 func (a *Agent) Start(ctx context.Context) (err error) {
 	a.ctx, a.cancel = context.WithCancel(context.Background())
 	defer func() {
-		if err != nil {
-			err = errors.Join(err, a.Stop(context.WithoutCancel(ctx)))
+		if err == nil {
+			return
+		}
+		sctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), failedStartTimeout)
+		defer cancel()
+		if a.cfg.Ephemeral {
+			err = errors.Join(err, a.Teardown(sctx, func(string) {}))
+		} else {
+			err = errors.Join(err, a.Stop(sctx))
 		}
 	}()
 	if err := os.MkdirAll(a.cfg.Dir, 0o700); err != nil {
@@ -258,6 +271,7 @@ func (a *Agent) main() {
 
 	const first, longest = 200 * time.Millisecond, 5 * time.Second
 	wait := first
+	said := "" // of a server that cannot be reached: each cause once
 	for a.ctx.Err() == nil {
 		began := time.Now()
 		err := a.registered(member, nodev1.NewDispatchServiceClient(conn))
@@ -265,11 +279,17 @@ func (a *Agent) main() {
 			return
 		}
 		if time.Since(began) > longest {
-			wait = first
+			wait, said = first, ""
 		}
 		level := slog.LevelInfo
 		if status.Code(err) == codes.Unavailable {
-			level = slog.LevelDebug // the server is away; said once by dial
+			// Also a server with another authority: then only a person can help.
+			level = slog.LevelWarn
+			if text := err.Error(); text == said {
+				level = slog.LevelDebug
+			} else {
+				said = text
+			}
 		}
 		a.log.Log(a.ctx, level, "registration ended", "error", err, "retry_in", wait)
 		if pause(a.ctx, jitter(wait)) != nil {

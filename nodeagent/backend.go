@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/cloudcode-dev/cloudcode/internal/pki"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/runtime"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/runtime/containerd"
@@ -19,6 +21,10 @@ import (
 // ContainerdAddressFile, in the node's directory, names the socket of the
 // containerd that the node uses, for the CLI.
 const ContainerdAddressFile = "containerd.address"
+
+// stopsAtATime bounds how many containers are stopped together: their disks and
+// network rules are taken apart then.
+const stopsAtATime = 16
 
 // backend is what the daemon runs sessions with. This file is the only one that
 // knows which.
@@ -33,15 +39,21 @@ type backend struct {
 	dir        string
 }
 
-func startBackend(ctx context.Context, cfg Config, log *slog.Logger) (b *backend, err error) {
+func startBackend(ctx context.Context, cfg Config, log *slog.Logger) (_ *backend, err error) {
 	if cfg.Runtime != nil {
 		return &backend{runtime: cfg.Runtime, volumes: cfg.Volumes}, nil
 	}
-	b = &backend{dir: cfg.Dir}
+	b := &backend{dir: cfg.Dir}
 	defer func() {
-		if err != nil {
-			err = errors.Join(err, b.close())
+		if err == nil {
+			return
 		}
+		if cfg.Ephemeral && b.daemon != nil {
+			sctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), failedStartTimeout)
+			defer cancel()
+			err = errors.Join(err, b.daemon.Stop(sctx))
+		}
+		err = errors.Join(err, b.close())
 	}()
 	address := cfg.ContainerdAddress
 	if address == "" {
@@ -65,7 +77,10 @@ func startBackend(ctx context.Context, cfg Config, log *slog.Logger) (b *backend
 	b.runtime = b.containerd
 	b.manager = &volume.Manager{Dir: filepath.Join(cfg.Dir, "volumes")}
 	b.volumes = b.manager
-	return b, pki.WriteFile(filepath.Join(cfg.Dir, ContainerdAddressFile), []byte(address+"\n"), 0o644)
+	if err := pki.WriteFile(filepath.Join(cfg.Dir, ContainerdAddressFile), []byte(address+"\n"), 0o644); err != nil {
+		return nil, err
+	}
+	return b, nil
 }
 
 // close lets go of everything; it all goes on running.
@@ -85,10 +100,19 @@ func (b *backend) close() error {
 func (b *backend) teardown(ctx context.Context, progress func(string)) error {
 	instances, err := b.runtime.List(ctx)
 	errs := []error{err}
-	for _, i := range instances {
+	// At the same time: each may take all of its grace.
+	stopped := make([]error, len(instances))
+	var stopping errgroup.Group
+	stopping.SetLimit(stopsAtATime)
+	for n, i := range instances {
 		progress("stopping session " + i.Session)
-		errs = append(errs, b.runtime.Stop(ctx, i.Session, 10*time.Second))
+		stopping.Go(func() error {
+			stopped[n] = b.runtime.Stop(ctx, i.Session, 10*time.Second)
+			return nil
+		})
 	}
+	_ = stopping.Wait() // the errors are in stopped
+	errs = append(errs, stopped...)
 	if b.containerd != nil {
 		progress("removing the containers' network")
 		errs = append(errs, b.containerd.Cleanup(ctx))

@@ -97,6 +97,7 @@ func (u *up) run(cmd *cobra.Command) (err error) {
 	if err != nil {
 		return err
 	}
+	cfg.Ephemeral = true
 	agent, err := nodeagent.New(cfg)
 	if err != nil {
 		return err
