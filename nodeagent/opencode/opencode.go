@@ -13,16 +13,19 @@ import (
 	"net"
 	"net/http"
 	"strconv"
+	"sync"
 	"time"
 
 	"github.com/cloudcode-dev/cloudcode/internal/container"
 )
 
 const (
-	// probeTimeout is short because a request that arrives between OpenCode's
-	// bind and its being ready, about 0.15 s, is never answered.
-	probeTimeout  = 250 * time.Millisecond
+	// A request that arrives between OpenCode's bind and its being ready, about
+	// 0.15 s, is never answered. So probes do not wait for one another: the first
+	// that comes after it is answered at once.
 	probeInterval = 25 * time.Millisecond
+	probeTimeout  = time.Second
+	maxProbes     = 16 // at the same time: more than fit into that window
 	// silence after which an event stream counts as dead; OpenCode sends a
 	// heartbeat every 10 s.
 	silence = 30 * time.Second
@@ -87,15 +90,42 @@ func (c *Client) Health(ctx context.Context) (version string, err error) {
 // WaitReady asks until OpenCode is healthy or ctx ends; then the error says what
 // the last answer was.
 func (c *Client) WaitReady(ctx context.Context) (version string, err error) {
-	for {
-		version, err := c.Health(ctx)
-		if err == nil {
-			return version, nil
+	type answer struct {
+		version string
+		err     error
+	}
+	answers := make(chan answer)
+	var probes sync.WaitGroup
+	defer probes.Wait()
+	pctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	tick := time.NewTicker(probeInterval)
+	defer tick.Stop()
+	last := errors.New("none")
+	for asking := 0; ; {
+		if asking < maxProbes {
+			asking++
+			probes.Go(func() {
+				version, err := c.Health(pctx)
+				select {
+				case answers <- answer{version, err}:
+				case <-pctx.Done():
+				}
+			})
 		}
-		select {
-		case <-ctx.Done():
-			return "", fmt.Errorf("%w; last answer: %w", ctx.Err(), err)
-		case <-time.After(probeInterval):
+		for ticked := false; !ticked; {
+			select {
+			case a := <-answers:
+				if a.err == nil {
+					return a.version, nil
+				}
+				asking--
+				last = a.err
+			case <-tick.C:
+				ticked = true
+			case <-ctx.Done():
+				return "", fmt.Errorf("%w; last answer: %w", ctx.Err(), last)
+			}
 		}
 	}
 }
