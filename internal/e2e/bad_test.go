@@ -165,8 +165,10 @@ func TestBadRequests(t *testing.T) {
 			}
 		}
 		for _, c := range [][2]string{
-			{"GET", f.url("/v1/sessions/nobody")}, {"DELETE", f.url("/v1/sessions/nobody")},
-			{"GET", f.url("/v1/sessions/nobody/events")}, {"GET", f.url("/v1/sessions/nobody/proxy/session")},
+			{"GET", f.url("/v1/sessions/nobody")},
+			{"DELETE", f.url("/v1/sessions/nobody")},
+			{"GET", f.url("/v1/sessions/nobody/events")},
+			{"GET", f.url("/v1/sessions/nobody/proxy/session")},
 			{"GET", "http://" + f.host("nobody") + "/session"},
 		} {
 			code, body, err := f.call(ctx, c[0], c[1], nil)

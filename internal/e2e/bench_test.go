@@ -27,7 +27,7 @@ import (
 	cloudcodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/v1"
 )
 
-const pairs = 9
+const pairs = 11
 
 // BenchmarkStart measures the time from CreateSession to the first answer of
 // OpenCode through the gateway, beside `ctr run` of the same image on the same

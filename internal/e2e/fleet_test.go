@@ -552,14 +552,6 @@ func (f *fleet) sessionLog(ctx context.Context, name string) string {
 	return b.String()
 }
 
-// inNetns runs a program in the network namespace of a session's container,
-// from the outside.
-func (f *fleet) inNetns(tb testing.TB, session string, args ...string) (string, error) {
-	tb.Helper()
-	out, errOut, err := run(tb, 20*time.Second, cleanEnv(), "nsenter", append([]string{"-t", f.containerPID(tb, session), "-n"}, args...)...)
-	return out + errOut, err
-}
-
 // readLines calls each for the lines of r until it returns false or r ends.
 func readLines(r io.Reader, each func(string) bool) error {
 	sc := bufio.NewScanner(r)

@@ -47,19 +47,25 @@ func TestInside(t *testing.T) {
 	// Not through a mirror: whether one is reached is the network's business,
 	// and that apt, npm and git work as root in a user namespace is ours.
 	for name, c := range map[string]struct{ command, want string }{
-		"apt": {`set -e; cd /tmp; mkdir -p pkg/DEBIAN pkg/opt/e2e; echo works > pkg/opt/e2e/file
+		"apt": {
+			`set -e; cd /tmp; mkdir -p pkg/DEBIAN pkg/opt/e2e; echo works > pkg/opt/e2e/file
 			printf 'Package: e2e\nVersion: 1\nArchitecture: all\nMaintainer: e2e <e2e@example.com>\nDescription: test\n' > pkg/DEBIAN/control
 			printf '#!/bin/sh\nset -e\nadduser --system --quiet --no-create-home e2euser 2>/dev/null || useradd -r e2euser\nchown e2euser /opt/e2e/file\n' > pkg/DEBIAN/postinst; chmod 755 pkg/DEBIAN/postinst
 			dpkg-deb --build pkg e2e.deb >/dev/null
 			apt-get install -y -o Acquire::Languages=none ./e2e.deb 2>&1 | tail -3; stat -c 'owner %U' /opt/e2e/file; apt-get remove -y e2e >/dev/null 2>&1; test ! -e /opt/e2e/file && echo removed`,
-			"owner e2euser\nremoved"},
-		"npm": {`set -e; mkdir -p /tmp/lib/bin && cd /tmp/lib && cat > package.json <<'J'
+			"owner e2euser\nremoved",
+		},
+		"npm": {
+			`set -e; mkdir -p /tmp/lib/bin && cd /tmp/lib && cat > package.json <<'J'
 {"name":"e2e-lib","version":"1.0.0","bin":{"e2e-tool":"bin/tool.js"},"scripts":{"postinstall":"touch ran"}}
 J
 			printf '#!/usr/bin/env node\nconsole.log("tool runs")\n' > bin/tool.js; export npm_config_update_notifier=false; npm pack --silent >/dev/null; mkdir -p app && cd app && npm init -y >/dev/null && npm install --offline --no-audit --no-fund ../e2e-lib-1.0.0.tgz 2>&1 | tail -1; npx --no-install e2e-tool; ls node_modules/e2e-lib/ran`,
-			"tool runs\nnode_modules/e2e-lib/ran"},
-		"git": {`set -e; cd; mkdir -p s3/workspace/project/repo && cd s3/workspace/project/repo; git init -q; echo 1 > a; git add a; git -c user.name=e -c user.email=e@example.com commit -qm first; git log --format=%s; git status --porcelain | wc -l; git clone -q . ../clone && cat ../clone/a`,
-			"first\n0\n1"},
+			"tool runs\nnode_modules/e2e-lib/ran",
+		},
+		"git": {
+			`set -e; cd; mkdir -p s3/workspace/project/repo && cd s3/workspace/project/repo; git init -q; echo 1 > a; git add a; git -c user.name=e -c user.email=e@example.com commit -qm first; git log --format=%s; git status --porcelain | wc -l; git clone -q . ../clone && cat ../clone/a`,
+			"first\n0\n1",
+		},
 		"python": {`python3 -m venv /tmp/venv && /tmp/venv/bin/python -c 'import sys; print("python ok", sys.version_info >= (3, 12))'`, "python ok True"},
 		"tools":  {`node --version | cut -d. -f1; rg --version | head -1 | cut -d' ' -f1; curl --version | head -1 | cut -d' ' -f1`, "v22\nripgrep\ncurl"},
 		"root":   {`id -u; echo x > /usr/local/bin/x && echo writable; cat /proc/self/uid_map | awk '{print ($2 > 65536) ? "mapped" : "host ids"}'; mount -t tmpfs t /mnt 2>&1 | grep -c 'permission\|denied\|must be'`, "0\nwritable\nmapped\n1"},
@@ -191,6 +197,37 @@ func TestPorts(t *testing.T) {
 	}
 }
 
+// TestTerminal is OpenCode's own WebSocket: a terminal in the browser.
+func TestTerminal(t *testing.T) {
+	f := shared(t)
+	id := f.session(t, "terminal", nil)
+	var pty struct{ ID string }
+	f.openCode(id).do(t, "POST", "/pty", map[string]any{"command": "/bin/bash", "args": []string{"--norc"}}, &pty)
+	for name, base := range map[string]string{"by host": "http://" + f.host(id), "by path": f.url("/v1/sessions/" + id + "/proxy")} {
+		t.Run(name, func(t *testing.T) {
+			ctx := bounded(t, 30*time.Second)
+			ws, _, err := websocket.Dial(ctx, strings.Replace(base, "http:", "ws:", 1)+"/pty/"+pty.ID+"/connect", &websocket.DialOptions{
+				HTTPClient: f.http, HTTPHeader: http.Header{"Authorization": {basicAuth()}},
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer ws.CloseNow()
+			if err := ws.Write(ctx, websocket.MessageText, []byte("echo $((6 * 7)) "+strings.ReplaceAll(name, " ", "-")+"\n")); err != nil {
+				t.Fatal(err)
+			}
+			screen := ""
+			for want := "42 " + strings.ReplaceAll(name, " ", "-"); !strings.Contains(screen, want); {
+				_, data, err := ws.Read(ctx)
+				if err != nil {
+					t.Fatalf("%v; the terminal shows %q", err, screen)
+				}
+				screen += string(data)
+			}
+		})
+	}
+}
+
 // TestRestarts: what dies inside comes back, and says why it died.
 func TestRestarts(t *testing.T) {
 	f := shared(t)
@@ -251,6 +288,7 @@ while True: b.append(bytearray(16 << 20))'; echo "exit $?"`), nil) // breaks off
 			if !strings.Contains(out, "exit 137") {
 				t.Errorf("the tool was not killed: %q", out)
 			}
+			t.Log("the kernel killed the tool; OpenCode went on")
 			return
 		}
 		sse.wait(t, "of the OOM kill", func(e event) bool {
@@ -262,33 +300,25 @@ while True: b.append(bytearray(16 << 20))'; echo "exit $?"`), nil) // breaks off
 		// OpenCode alone under the smallest limit that is allowed.
 		small := f.create(t, "small", &cloudcodev1.SessionSpec{Resources: &cloudcodev1.Resources{MemoryBytes: 256 << 20}})
 		sid := strings.TrimPrefix(small.GetName(), "sessions/")
-		s := f.waitSession(t, sid, "OOM_KILLED or running", func(s *cloudcodev1.Session) bool {
-			return s.GetReason() == "OOM_KILLED" || s.GetState() == cloudcodev1.Session_RUNNING
-		})
-		if s.GetState() == cloudcodev1.Session_RUNNING {
-			// It fits while idle: make its own process grow.
-			soc := f.openCode(sid)
-			ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
-			defer cancel()
-			c := ""
+		soc, events := f.openCode(sid), f.follow(t, sid)
+		ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+		defer cancel()
+		// It may fit while it is idle: prompts make it grow.
+		for i := 0; f.get(t, sid).GetRestartCount() == 0 && f.get(t, sid).GetReason() != "OOM_KILLED"; i++ {
+			if ctx.Err() != nil {
+				t.Fatalf("OpenCode lives in 256 MiB: %v", f.get(t, sid))
+			}
 			var made struct{ ID string }
 			if soc.try(ctx, "POST", "/session", map[string]any{}, &made) == nil {
-				c = made.ID
+				_ = soc.try(ctx, "POST", "/session/"+made.ID+"/message", prompt(fmt.Sprint("hello ", i)), nil)
 			}
-			for i := 0; i < 50 && ctx.Err() == nil; i++ {
-				if soc.try(ctx, "POST", "/session/"+c+"/message", prompt(fmt.Sprint("hello ", i)), nil) != nil {
-					break
-				}
-			}
-			s = f.get(t, sid)
-			if s.GetReason() != "OOM_KILLED" && s.GetRestartCount() == 0 {
-				t.Skipf("OpenCode lives in 256 MiB here: %v", s)
-			}
-			return
 		}
-		for _, want := range []string{"256MiB", "memory"} {
-			if !strings.Contains(s.GetMessage(), want) {
-				t.Errorf("the message does not say %q: %s", want, s.GetMessage())
+		list := events.wait(t, "of the OOM kill", func(e event) bool {
+			return e.kind == "lifecycle" && strings.Contains(e.data, "OOM_KILLED")
+		})
+		for _, want := range []string{"256MiB", "--memory"} {
+			if e := list[len(list)-1]; !strings.Contains(e.data, want) {
+				t.Errorf("the event does not say %q: %s", want, e.data)
 			}
 		}
 	})
