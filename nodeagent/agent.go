@@ -267,6 +267,7 @@ func (a *Agent) main() {
 	a.restoreGateways(member)
 	var links sync.WaitGroup
 	defer links.Wait()
+	links.Go(func() { member.KeepValid(a.ctx, a.joinOptions(), a.cfg.JoinToken, a.log) })
 	links.Go(func() { link.Keep(a.ctx, conn, a.dialTarget, a.log, nil) })
 
 	const first, longest = 200 * time.Millisecond, 5 * time.Second
@@ -299,15 +300,18 @@ func (a *Agent) main() {
 	}
 }
 
+func (a *Agent) joinOptions() pki.JoinOptions {
+	return pki.JoinOptions{Server: a.cfg.Server, Dir: a.cfg.Dir, Identity: pki.Identity{Role: pki.RoleNode, ID: a.cfg.NodeID}}
+}
+
 // join becomes a member, however long the server is away.
 func (a *Agent) join() (*pki.Member, error) {
 	for wait := 100 * time.Millisecond; ; wait = min(2*wait, 10*time.Second) {
 		token, tokenErr := a.cfg.JoinToken()
 		ctx, cancel := context.WithTimeout(a.ctx, 10*time.Second)
-		member, err := pki.Join(ctx, pki.JoinOptions{
-			Server: a.cfg.Server, Token: token, Dir: a.cfg.Dir,
-			Identity: pki.Identity{Role: pki.RoleNode, ID: a.cfg.NodeID},
-		})
+		o := a.joinOptions()
+		o.Token = token
+		member, err := pki.Join(ctx, o)
 		cancel()
 		if err == nil {
 			return member, nil

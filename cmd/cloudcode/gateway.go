@@ -48,7 +48,8 @@ func (f *gatewayFlags) start(ctx context.Context, dataDir, server string, token 
 	if err != nil {
 		return nil, nil, err
 	}
-	member, err := joinAsGateway(ctx, server, id, filepath.Join(dataDir, "gateway"), token, log)
+	dir := filepath.Join(dataDir, "gateway")
+	member, err := joinAsGateway(ctx, server, id, dir, token, log)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -71,7 +72,15 @@ func (f *gatewayFlags) start(ctx context.Context, dataDir, server string, token 
 		conn.Close()
 		return nil, nil, err
 	}
+	vctx, endRenewing := context.WithCancel(context.WithoutCancel(ctx))
+	renewing := make(chan struct{})
+	go func() {
+		defer close(renewing)
+		member.KeepValid(vctx, gatewayJoinOptions(server, id, dir), token, log)
+	}()
 	return g, func(ctx context.Context) error {
+		endRenewing()
+		<-renewing
 		defer conn.Close()
 		return g.Stop(ctx)
 	}, nil

@@ -75,14 +75,18 @@ func joinToken(cmd *cobra.Command, dataDir string) func() (string, error) {
 	}
 }
 
+func gatewayJoinOptions(server, id, dir string) pki.JoinOptions {
+	return pki.JoinOptions{Server: server, Dir: dir, Identity: pki.Identity{Role: pki.RoleGateway, ID: id}}
+}
+
 // joinAsGateway becomes a member, however long the server is away.
 func joinAsGateway(ctx context.Context, server, id, dir string, token func() (string, error), log *slog.Logger) (*pki.Member, error) {
 	for wait := 100 * time.Millisecond; ; wait = min(2*wait, 5*time.Second) {
 		t, tokenErr := token()
 		jctx, cancel := context.WithTimeout(ctx, 10*time.Second)
-		member, err := pki.Join(jctx, pki.JoinOptions{
-			Server: server, Token: t, Dir: dir, Identity: pki.Identity{Role: pki.RoleGateway, ID: id},
-		})
+		o := gatewayJoinOptions(server, id, dir)
+		o.Token = t
+		member, err := pki.Join(jctx, o)
 		cancel()
 		if err == nil {
 			return member, nil

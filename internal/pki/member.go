@@ -13,8 +13,10 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -26,27 +28,38 @@ import (
 // Member is a node's or gateway's own certificate and the authority it trusts.
 type Member struct {
 	Identity Identity
-	pair     tls.Certificate
-	pool     *x509.CertPool
+	pair     atomic.Pointer[tls.Certificate] // the newest
+	ca       *x509.Certificate
 }
 
-// ClientTLS is for dialling the server and gateways.
+func (m *Member) pool() *x509.CertPool {
+	pool := x509.NewCertPool()
+	pool.AddCert(m.ca)
+	return pool
+}
+
+// ClientTLS is for dialling the server and gateways. Each new connection shows the
+// newest certificate.
 func (m *Member) ClientTLS() *tls.Config {
 	return &tls.Config{
-		MinVersion:   tls.VersionTLS13,
-		ServerName:   ServerName,
-		RootCAs:      m.pool,
-		Certificates: []tls.Certificate{m.pair},
+		MinVersion: tls.VersionTLS13,
+		ServerName: ServerName,
+		RootCAs:    m.pool(),
+		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+			return m.pair.Load(), nil
+		},
 	}
 }
 
 // ServerTLS is for a listener that members dial: it demands their certificate.
 func (m *Member) ServerTLS() *tls.Config {
 	return &tls.Config{
-		MinVersion:   tls.VersionTLS13,
-		Certificates: []tls.Certificate{m.pair},
-		ClientAuth:   tls.RequireAndVerifyClientCert,
-		ClientCAs:    m.pool,
+		MinVersion: tls.VersionTLS13,
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+			return m.pair.Load(), nil
+		},
+		ClientAuth: tls.RequireAndVerifyClientCert,
+		ClientCAs:  m.pool(),
 	}
 }
 
@@ -63,15 +76,61 @@ type JoinOptions struct {
 // certificate that is still good, a server that cannot be reached is no error.
 func Join(ctx context.Context, o JoinOptions) (*Member, error) {
 	old, loadErr := loadMember(o)
-	if loadErr == nil && !nearEnd(old.pair.Leaf) {
+	if loadErr == nil && !nearEnd(old.pair.Load().Leaf) {
 		return old, nil
 	}
 	m, err := join(ctx, o)
-	if err != nil && loadErr == nil && time.Now().Before(old.pair.Leaf.NotAfter) {
+	if err != nil && loadErr == nil && time.Now().Before(old.pair.Load().Leaf.NotAfter) {
 		return old, nil
 	}
 	return m, err
 }
+
+// Renew joins again if the certificate is in the last third of its life, for a
+// process that runs for longer than that. New connections show the new
+// certificate; open ones stay. token is asked for only then.
+func (m *Member) Renew(ctx context.Context, o JoinOptions, token func() (string, error)) (renewed bool, err error) {
+	if !nearEnd(m.pair.Load().Leaf) {
+		return false, nil
+	}
+	if o.Token, err = token(); err != nil {
+		return false, err
+	}
+	next, err := join(ctx, o)
+	if err != nil {
+		return false, err
+	}
+	if !next.ca.Equal(m.ca) {
+		return false, errors.New("the fleet has another authority now: restart this process")
+	}
+	m.pair.Store(next.pair.Load())
+	return true, nil
+}
+
+// KeepValid calls Renew now and then until ctx ends.
+func (m *Member) KeepValid(ctx context.Context, o JoinOptions, token func() (string, error), log *slog.Logger) {
+	for {
+		select {
+		case <-time.After(renewEvery):
+		case <-ctx.Done():
+			return
+		}
+		rctx, cancel := context.WithTimeout(ctx, renewTimeout)
+		renewed, err := m.Renew(rctx, o, token)
+		cancel()
+		ends := m.pair.Load().Leaf.NotAfter
+		if err != nil && ctx.Err() == nil {
+			log.Error("cannot renew this member's certificate; the fleet refuses it from its end on", "member", m.Identity, "ends", ends, "error", err, "retry_in", renewEvery)
+		} else if renewed {
+			log.Info("renewed this member's certificate", "member", m.Identity, "ends", ends)
+		}
+	}
+}
+
+const (
+	renewEvery   = 6 * time.Hour
+	renewTimeout = 30 * time.Second
+)
 
 func nearEnd(c *x509.Certificate) bool {
 	return time.Now().After(c.NotAfter.Add(-c.NotAfter.Sub(c.NotBefore) / 3))
@@ -109,9 +168,9 @@ func loadMember(o JoinOptions) (*Member, error) {
 			return nil, fmt.Errorf("%s is of another fleet", certPath)
 		}
 	}
-	pool := x509.NewCertPool()
-	pool.AddCert(ca)
-	return &Member{Identity: o.Identity, pair: pair, pool: pool}, nil
+	m := &Member{Identity: o.Identity, ca: ca}
+	m.pair.Store(&pair)
+	return m, nil
 }
 
 func join(ctx context.Context, o JoinOptions) (*Member, error) {
