@@ -4,6 +4,9 @@ import (
 	"context"
 	"errors"
 	"net"
+	"os"
+	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -87,5 +90,33 @@ func TestRenew(t *testing.T) {
 	}
 	if again, err := pki.Join(t.Context(), o); err != nil {
 		t.Errorf("after a restart: %v, %v", again, err)
+	}
+}
+
+// Half an authority is never replaced while there is a fleet; what a first start
+// left that was killed is.
+func TestHalfAnAuthority(t *testing.T) {
+	for gone, want := range map[string]string{"ca.crt": "restore", "ca.key": "restore"} {
+		dir := t.TempDir()
+		ca, err := pki.LoadOrCreateCA(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := pki.LoadOrCreateToken(dir, ca); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Remove(filepath.Join(dir, gone)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := pki.LoadOrCreateCA(dir); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("without %s: %v", gone, err)
+		}
+	}
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "ca.key"), []byte("half"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := pki.LoadOrCreateCA(dir); err != nil {
+		t.Errorf("after a first start that was killed: %v", err)
 	}
 }

@@ -91,6 +91,8 @@ type CA struct {
 	key  crypto.Signer
 }
 
+const tokenFile = "join-token"
+
 // LoadOrCreateCA reads the authority from dir/ca.crt and dir/ca.key, or makes it
 // if neither is there. One without the other is an error: making a new one
 // would lock every member out.
@@ -112,6 +114,11 @@ func LoadOrCreateCA(dir string) (*CA, error) {
 	}
 	if exists(certPath) {
 		return nil, fmt.Errorf("%s is there but %s is not: restore it from a backup, or remove both to start a new authority (all nodes must then join again)", certPath, keyPath)
+	}
+	// A key alone is what a first start leaves that was killed; with a token, there
+	// is a fleet.
+	if exists(keyPath) && exists(filepath.Join(dir, tokenFile)) {
+		return nil, fmt.Errorf("%s is there but %s is not: restore it (every member has a copy, fleet-ca.crt), or remove both and %s to start a new authority (all nodes must then join again)", keyPath, certPath, tokenFile)
 	}
 
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -241,7 +248,7 @@ func ParseToken(s string) (Token, error) {
 
 // LoadOrCreateToken reads the fleet's join token from dir/join-token, or makes it.
 func LoadOrCreateToken(dir string, ca *CA) (Token, error) {
-	path := filepath.Join(dir, "join-token")
+	path := filepath.Join(dir, tokenFile)
 	digest := Digest(ca.CertDER())
 	data, err := os.ReadFile(path)
 	if err == nil {
