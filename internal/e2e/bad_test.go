@@ -9,6 +9,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -290,4 +291,75 @@ func TestBadRequests(t *testing.T) {
 			t.Errorf("%v", s)
 		}
 	})
+}
+
+// TestAnonymous: without a password only this machine's own programs get in, and
+// nobody opens the door to others by accident.
+func TestAnonymous(t *testing.T) {
+	needReal(t)
+	f := newFleet(t, "anonymous")
+	f.anonymous = true
+	f.endAfter(t)
+	f.startServer(t)
+	token, err := os.ReadFile(filepath.Join(f.serverDir, "pki", "join-token"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	join := "CLOUDCODE_JOIN_TOKEN=" + strings.TrimSpace(string(token))
+	f.gateway = newProcess(filepath.Dir(f.serverDir), "gateway", []string{join}, append(f.gatewayArgs(f.httpAddr), "--root-session", "root")...)
+	f.gateway.start(t)
+	eventually(t, 20*time.Second, "the gateway gets ready", f.gatewayReady)
+
+	for _, c := range []struct {
+		host, path, origin string
+		code               int
+		say                string
+	}{
+		{"", "/v1/sessions", "", http.StatusOK, "{"},
+		{"", "/cloudcode/", "", http.StatusOK, "Cloud Code"},
+		{"", "/session", "", http.StatusNotFound, "no session root"},                       // the bare host is the root session
+		{"evil.example.com", "/v1/sessions", "", http.StatusForbidden, "HOST_NOT_ALLOWED"}, // DNS rebinding
+		{"", "/v1/sessions", "http://evil.example.com", http.StatusForbidden, "ORIGIN_NOT_ALLOWED"},
+	} {
+		method := http.MethodGet
+		if c.origin != "" {
+			method = http.MethodPost
+		}
+		req, err := http.NewRequestWithContext(bounded(t, 30*time.Second), method, f.url(c.path), strings.NewReader(""))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if c.host != "" {
+			req.Host = c.host
+		}
+		if c.origin != "" {
+			req.Header.Set("Origin", c.origin)
+		}
+		resp, err := f.http.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if err != nil || resp.StatusCode != c.code || !strings.Contains(string(body), c.say) {
+			t.Errorf("%+v: %s %.300s %v", c, resp.Status, body, err)
+		}
+	}
+
+	dir := filepath.Dir(f.serverDir)
+	for _, p := range []*process{
+		newProcess(dir, "open-server", nil, "server", "--data-dir", filepath.Join(dir, "open"), "--grpc-listen", "0.0.0.0:0"),
+		newProcess(dir, "open-gateway", []string{join}, f.gatewayArgs("0.0.0.0:0")...),
+	} {
+		p.start(t)
+		select {
+		case <-p.exited:
+			if p.exitCode() == 0 || !strings.Contains(p.output(), "SERVER_PASSWORD") {
+				t.Errorf("%s: exit code %d\n%s", p.name, p.exitCode(), p.tail(10))
+			}
+		case <-time.After(15 * time.Second):
+			_ = p.stop()
+			t.Errorf("%s listens on every address without a password\n%s", p.name, p.tail(10))
+		}
+	}
 }

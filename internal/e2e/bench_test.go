@@ -175,6 +175,7 @@ func (f *fleet) benchCtr(b *testing.B, n int) time.Duration {
 
 	start := time.Now()
 	ctr("run", "-d", "--snapshotter", "overlayfs", "--uidmap", ids, "--gidmap", ids, "--remap-labels", "--seccomp",
+		"--cgroup", cgroupParent(filepath.Dir(f.containerd(b)))+"/"+id,
 		"--env", container.EnvPassword+"=secret", "--pid-file", pidFile,
 		"--mount", "type=bind,src="+storage+",dst="+container.StorageDir+",options=rbind:rw", image.DefaultRef, id)
 	defer func() {

@@ -48,6 +48,7 @@ type fleet struct {
 	serverDir, gatewayDir, nodeDir string
 	grpcAddr, httpAddr             string
 	bridge, subnet, bridgeIP       string
+	anonymous                      bool // no password
 
 	server, gateway, node *process // all the same for `up`
 
@@ -115,6 +116,9 @@ func newFleet(tb testing.TB, name string) *fleet {
 }
 
 func (f *fleet) auth() []string {
+	if f.anonymous {
+		return nil
+	}
 	return []string{"SERVER_USERNAME=" + user, "SERVER_PASSWORD=" + password, "CLOUDCODE_LOG_LEVEL=" + logLevel()}
 }
 
@@ -142,13 +146,16 @@ func (f *fleet) startMembers(tb testing.TB) {
 		tb.Fatal(err)
 	}
 	join := "CLOUDCODE_JOIN_TOKEN=" + strings.TrimSpace(string(token))
-	f.gateway = newProcess(filepath.Dir(f.serverDir), "gateway", append(f.auth(), join),
-		"gateway", "--data-dir", f.gatewayDir, "--server", f.grpcAddr, "--listen", f.httpAddr)
+	f.gateway = newProcess(filepath.Dir(f.serverDir), "gateway", append(f.auth(), join), f.gatewayArgs(f.httpAddr)...)
 	f.node = newProcess(filepath.Dir(f.serverDir), "nodeagent", append(f.auth(), join),
 		append([]string{"nodeagent", "--data-dir", f.nodeDir, "--server", f.grpcAddr}, f.nodeFlags()...)...)
 	f.noteRunDir()
 	f.gateway.start(tb)
 	f.node.start(tb)
+}
+
+func (f *fleet) gatewayArgs(listen string) []string {
+	return []string{"gateway", "--data-dir", f.gatewayDir, "--server", f.grpcAddr, "--listen", listen}
 }
 
 // noteRunDir remembers where the private containerd of the node keeps its socket.

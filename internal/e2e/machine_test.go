@@ -3,6 +3,8 @@
 package e2e
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"maps"
@@ -56,16 +58,25 @@ func machineNow() machine {
 			}
 		}
 	}
-	for _, pattern := range []string{"/sys/fs/cgroup/*/cloudcode/" + idPrefix + "*", "/sys/fs/cgroup/cloudcode/" + idPrefix + "*"} {
-		found, _ := filepath.Glob(pattern)
-		for _, f := range found {
-			add("cgroup", f)
+	for _, d := range fleetRunDirs {
+		for _, parent := range []string{"/sys/fs/cgroup/*", "/sys/fs/cgroup"} {
+			found, _ := filepath.Glob(parent + cgroupParent(d))
+			for _, f := range found {
+				add("cgroup", f)
+			}
 		}
 	}
 	for _, d := range runDirs() {
 		add("run folder", d)
 	}
 	return m
+}
+
+// cgroupParent is the cgroup of all containers of a private containerd, by the
+// folder of its socket.
+func cgroupParent(runDir string) string {
+	sum := sha256.Sum256([]byte(filepath.Join(runDir, "containerd.sock")))
+	return "/cloudcode-" + hex.EncodeToString(sum[:4])
 }
 
 // ours recognises text that names this run's folder.

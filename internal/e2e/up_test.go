@@ -60,6 +60,14 @@ func TestUp(t *testing.T) {
 
 	t.Run("lines to paste", func(t *testing.T) { pasteLines(t, f, id) })
 
+	// What the check after Ctrl-C looks for is there to be found.
+	here := fmt.Sprint(machineNow().since(before))
+	for _, kind := range []string{"process", "mount", "interface", "firewall rule", "cgroup", "run folder"} {
+		if !strings.Contains(here, "left behind: "+kind+" ") {
+			t.Errorf("while it runs, no %s of it is found", kind)
+		}
+	}
+
 	// A second session, with a model.
 	second := idPrefix + "second"
 	if _, err := f.sessions.CreateSession(bounded(t, 20*time.Second), &cloudcodev1.CreateSessionRequest{
