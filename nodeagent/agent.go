@@ -77,6 +77,7 @@ type Agent struct {
 	reports   *reporter
 	local     *bufconn.Listener // reaches the agent's own gRPC server
 	lock      *os.File
+	instance  string // random, as old as Dir
 
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -150,6 +151,9 @@ func (a *Agent) Start(ctx context.Context) (err error) {
 		return err
 	}
 	if err := a.acquireLock(); err != nil {
+		return err
+	}
+	if a.instance, err = instanceID(filepath.Join(a.cfg.Dir, "instance-id")); err != nil {
 		return err
 	}
 	if a.backend, err = startBackend(ctx, a.cfg, a.log); err != nil {
@@ -268,14 +272,18 @@ func (a *Agent) main() {
 	var links sync.WaitGroup
 	defer links.Wait()
 	links.Go(func() { member.KeepValid(a.ctx, a.joinOptions(), a.cfg.JoinToken, a.log) })
-	links.Go(func() { link.Keep(a.ctx, conn, a.dialTarget, a.log, nil) })
+	// Only once the server has taken this machine for the node that it says it is:
+	// a second one of the same id must not take its traffic.
+	linkServer := sync.OnceFunc(func() {
+		links.Go(func() { link.Keep(a.ctx, conn, a.dialTarget, a.log, nil) })
+	})
 
 	const first, longest = 200 * time.Millisecond, 5 * time.Second
 	wait := first
 	said := "" // of a server that cannot be reached: each cause once
 	for a.ctx.Err() == nil {
 		began := time.Now()
-		err := a.registered(member, nodev1.NewDispatchServiceClient(conn))
+		err := a.registered(member, nodev1.NewDispatchServiceClient(conn), linkServer)
 		if a.ctx.Err() != nil {
 			return
 		}
@@ -339,15 +347,16 @@ func (a *Agent) dial(member *pki.Member, address string) (*grpc.ClientConn, erro
 }
 
 // registered runs one registration until it is over, and says why.
-func (a *Agent) registered(member *pki.Member, client nodev1.DispatchServiceClient) error {
+func (a *Agent) registered(member *pki.Member, client nodev1.DispatchServiceClient, accepted func()) error {
 	ctx, cancel := context.WithCancelCause(a.ctx)
 	defer cancel(nil)
 	rctx, rcancel := context.WithTimeout(ctx, 15*time.Second)
-	reg, err := client.Register(rctx, &nodev1.RegisterRequest{Info: a.info(), Labels: a.cfg.Labels})
+	reg, err := client.Register(rctx, &nodev1.RegisterRequest{Info: a.info(), Labels: a.cfg.Labels, InstanceId: a.instance})
 	rcancel()
 	if err != nil {
 		return err
 	}
+	accepted()
 	id := reg.GetRegistrationId()
 	a.log.Info("registered", "registration", id, "heartbeat_period", reg.GetHeartbeatPeriod().AsDuration())
 	// The server may have missed what changed while we were not registered.
@@ -433,8 +442,8 @@ func (a *Agent) followAssignments(ctx context.Context, member *pki.Member, clien
 			a.apply(u.Changes.GetUpserts(), u.Changes.GetRemoves())
 		case *nodev1.WatchAssignmentsResponse_Gateways:
 			a.setGateways(member, u.Gateways.GetGateways())
+			a.saveState()
 		}
-		a.saveState()
 	}
 }
 

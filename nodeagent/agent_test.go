@@ -123,7 +123,7 @@ func TestAnotherAuthorityIsSaid(t *testing.T) {
 		}
 	}
 	agent := boot()
-	await("joined", func() bool { _, err := os.Stat(filepath.Join(dir, "node.crt")); return err == nil })
+	await("joined", func() bool { _, err := os.Stat(filepath.Join(dir, "node.pem")); return err == nil })
 	if err := agent.Stop(t.Context()); err != nil {
 		t.Fatal(err)
 	}

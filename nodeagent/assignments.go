@@ -45,7 +45,10 @@ func (a *Agent) adopt(ctx context.Context) error {
 	if err := a.loadState(stateAssignments, &saved); err != nil {
 		return err
 	}
-	a.apply(saved.GetAssignments(), nil)
+	for _, s := range saved.GetAssignments() {
+		a.assigned[s.GetSessionId()] = s
+	}
+	a.tell(saved.GetAssignments(), nil)
 	if len(instances) > 0 {
 		a.log.Info("found containers of an earlier node daemon", "count", len(instances))
 	}
@@ -82,16 +85,32 @@ func (a *Agent) own(id string, w *worker.Worker) {
 	a.wg.Go(func() { a.forget(id, w) })
 }
 
-// apply starts and tells workers.
+// apply writes down what is assigned, then starts and tells workers: in the other
+// order, a daemon that is killed in between would find containers of a newer
+// generation than it knows of. One goroutine calls it.
 func (a *Agent) apply(upserts []*nodev1.Assignment, removes []string) {
+	a.mu.Lock()
+	upserts = slices.DeleteFunc(slices.Clone(upserts), func(s *nodev1.Assignment) bool {
+		old := a.assigned[s.GetSessionId()]
+		return old != nil && old.GetSessionUid() == s.GetSessionUid() && s.GetGeneration() < old.GetGeneration() // was on its way
+	})
+	for _, s := range upserts {
+		a.assigned[s.GetSessionId()] = s
+	}
+	for _, id := range removes {
+		delete(a.assigned, id)
+	}
+	a.mu.Unlock()
+	a.saveState()
+	a.tell(upserts, removes)
+}
+
+// tell starts and tells workers.
+func (a *Agent) tell(upserts []*nodev1.Assignment, removes []string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	for _, s := range upserts {
 		id := s.GetSessionId()
-		if old := a.assigned[id]; old != nil && old.GetSessionUid() == s.GetSessionUid() && s.GetGeneration() < old.GetGeneration() {
-			continue // an old word that was on its way
-		}
-		a.assigned[id] = s
 		before := a.workers[id]
 		if before != nil {
 			if before.Assign(s) {
@@ -110,7 +129,6 @@ func (a *Agent) apply(upserts []*nodev1.Assignment, removes []string) {
 		a.own(id, worker.Start(a.workerCfg, s, adopt, before))
 	}
 	for _, id := range removes {
-		delete(a.assigned, id)
 		if w := a.workers[id]; w != nil {
 			w.Assign(nil)
 		}

@@ -24,6 +24,11 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 type folders struct{ dir string }
 
+func (v folders) Exists(name string) (bool, error) {
+	_, err := os.Stat(filepath.Join(v.dir, name))
+	return err == nil, nil
+}
+
 func (v folders) Ensure(_ context.Context, name string, _ int64) (volume.Volume, error) {
 	dir := filepath.Join(v.dir, name)
 	return volume.Volume{Dir: dir, S3Dir: dir, IDBase: 0x10000000}, os.MkdirAll(dir, 0o755)

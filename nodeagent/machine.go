@@ -1,7 +1,10 @@
 package nodeagent
 
 import (
+	"crypto/rand"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"regexp"
 	goruntime "runtime"
@@ -9,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/cloudcode-dev/cloudcode/internal/pki"
 	cloudcodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/v1"
 )
 
@@ -29,6 +33,19 @@ func HostID() (string, error) {
 		return "", fmt.Errorf("the host name %q gives no node id: name the node with --node-id", host)
 	}
 	return id, nil
+}
+
+// instanceID reads the random id that is kept in a file, or makes it.
+func instanceID(path string) (string, error) {
+	data, err := os.ReadFile(path)
+	if err == nil && len(data) > 0 {
+		return strings.TrimSpace(string(data)), nil
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return "", err
+	}
+	id := rand.Text()
+	return id, pki.WriteFile(path, []byte(id+"\n"), 0o600)
 }
 
 // machineInfo describes this machine. What cannot be read stays zero: unknown.

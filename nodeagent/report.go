@@ -13,7 +13,7 @@ import (
 )
 
 const (
-	reportPause   = 50 * time.Millisecond // gathers what changes together
+	reportPause   = 50 * time.Millisecond // between two reports: gathers what changes meanwhile
 	reportTimeout = 15 * time.Second
 	reportBackoff = time.Second
 )
@@ -70,19 +70,22 @@ func (r *reporter) take() []*nodev1.SessionStatus {
 // run sends what is pending until ctx ends or the registration is over.
 func (r *reporter) run(ctx context.Context, client nodev1.DispatchServiceClient, registration string) error {
 	r.signal()
+	var last time.Time
 	for {
 		select {
 		case <-r.wake:
 		case <-ctx.Done():
 			return ctx.Err()
 		}
-		if err := pause(ctx, reportPause); err != nil {
+		// After a report, not before one: somebody waits for a session that is ready.
+		if err := pause(ctx, reportPause-time.Since(last)); err != nil {
 			return err
 		}
 		batch := r.take()
 		if len(batch) == 0 {
 			continue
 		}
+		last = time.Now()
 		retry, err := r.send(ctx, client, registration, batch)
 		for _, s := range retry {
 			r.putBack(s)

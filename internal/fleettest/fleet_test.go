@@ -335,3 +335,28 @@ func TestTwoNodes(t *testing.T) {
 		t.Errorf("message %q", s.GetMessage())
 	}
 }
+
+// A machine that claims another one's id gets nothing of it: not its sessions,
+// not its traffic.
+func TestTwoMachinesOfOneID(t *testing.T) {
+	f := fleettest.New(t)
+	n := f.AddNode("n1")
+	f.Create("s1", nil)
+	f.AwaitState("s1", cloudcodev1.Session_RUNNING)
+	imposter := f.AddMachine("n1", "elsewhere")
+	for range 20 {
+		if code, body := get(t, f, f.URL("s1", "/x")); code != 200 {
+			t.Fatalf("with a second machine: %d %s", code, body)
+		}
+		select {
+		case <-time.After(20 * time.Millisecond): // long enough for the other to have tried to register
+		case <-t.Context().Done():
+		}
+	}
+	if left, _ := imposter.Runtime.List(t.Context()); len(left) != 0 {
+		t.Errorf("the second machine runs %v", left)
+	}
+	if list, _ := n.Runtime.List(t.Context()); len(list) != 1 {
+		t.Errorf("the first machine runs %v", list)
+	}
+}

@@ -54,6 +54,7 @@ type Fleet struct {
 type Node struct {
 	fleet   *Fleet
 	ID      string
+	machine string
 	Runtime *runtimetest.Fake
 	agent   *nodeagent.Agent
 }
@@ -167,7 +168,14 @@ func (f *Fleet) URL(host, path string) string {
 // AddNode starts a node daemon with a runtime of its own.
 func (f *Fleet) AddNode(id string) *Node {
 	f.t.Helper()
-	n := &Node{fleet: f, ID: id, Runtime: runtimetest.NewFake(Image)}
+	return f.AddMachine(id, id)
+}
+
+// AddMachine is AddNode on a machine, whose disk is its own, that may claim the
+// id of another.
+func (f *Fleet) AddMachine(id, machine string) *Node {
+	f.t.Helper()
+	n := &Node{fleet: f, ID: id, machine: machine, Runtime: runtimetest.NewFake(Image)}
 	n.Runtime.Handler = func(session string, _ uint16) http.Handler { return openCode(session) }
 	n.Start()
 	f.t.Cleanup(func() {
@@ -182,9 +190,9 @@ func (n *Node) Start() {
 	f := n.fleet
 	f.t.Helper()
 	agent, err := nodeagent.New(nodeagent.Config{
-		Dir: filepath.Join(f.dir, "node-"+n.ID), NodeID: n.ID, Server: f.grpcListen, JoinToken: f.token,
+		Dir: filepath.Join(f.dir, "node-"+n.machine), NodeID: n.ID, Server: f.grpcListen, JoinToken: f.token,
 		Labels: map[string]string{"name": n.ID}, Log: f.log.With("process", "nodeagent"),
-		Runtime: keepOpen{n.Runtime}, Volumes: volumes{filepath.Join(f.dir, "volumes-"+n.ID)},
+		Runtime: keepOpen{n.Runtime}, Volumes: volumes{filepath.Join(f.dir, "volumes-"+n.machine)},
 	})
 	f.must(err)
 	f.must(agent.Start(f.t.Context()))
@@ -209,6 +217,11 @@ type keepOpen struct{ *runtimetest.Fake }
 func (keepOpen) Close() error { return nil }
 
 type volumes struct{ dir string }
+
+func (v volumes) Exists(name string) (bool, error) {
+	_, err := os.Stat(filepath.Join(v.dir, name))
+	return err == nil, nil
+}
 
 func (v volumes) Ensure(_ context.Context, name string, _ int64) (volume.Volume, error) {
 	dir := filepath.Join(v.dir, name)

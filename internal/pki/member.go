@@ -136,19 +136,20 @@ func nearEnd(c *x509.Certificate) bool {
 	return time.Now().After(c.NotAfter.Add(-c.NotAfter.Sub(c.NotBefore) / 3))
 }
 
-func memberPaths(o JoinOptions) (certPath, keyPath, caPath string) {
-	role := string(o.Identity.Role)
-	return filepath.Join(o.Dir, role+".crt"), filepath.Join(o.Dir, role+".key"), filepath.Join(o.Dir, "fleet-ca.crt")
+// memberPaths: certificate and key are one file, so that a crash between two
+// writes cannot leave a pair that does not fit.
+func memberPaths(o JoinOptions) (pairPath, caPath string) {
+	return filepath.Join(o.Dir, string(o.Identity.Role)+".pem"), filepath.Join(o.Dir, "fleet-ca.crt")
 }
 
 func loadMember(o JoinOptions) (*Member, error) {
-	certPath, keyPath, caPath := memberPaths(o)
-	pair, err := loadPair(certPath, keyPath)
+	pairPath, caPath := memberPaths(o)
+	pair, err := loadPair(pairPath, pairPath)
 	if err != nil {
 		return nil, err
 	}
 	if id, ok := FromCertificate(pair.Leaf); !ok || id != o.Identity {
-		return nil, fmt.Errorf("%s is for another identity", certPath)
+		return nil, fmt.Errorf("%s is for another identity", pairPath)
 	}
 	caPEM, err := os.ReadFile(caPath)
 	if err != nil {
@@ -165,7 +166,7 @@ func loadMember(o JoinOptions) (*Member, error) {
 	if o.Token != "" {
 		// A token of another authority means that the server was made anew.
 		if token, err := ParseToken(o.Token); err == nil && token.CADigest != Digest(ca.Raw) {
-			return nil, fmt.Errorf("%s is of another fleet", certPath)
+			return nil, fmt.Errorf("%s is of another fleet", pairPath)
 		}
 	}
 	m := &Member{Identity: o.Identity, ca: ca}
@@ -209,12 +210,15 @@ func join(ctx context.Context, o JoinOptions) (*Member, error) {
 	if Digest(resp.GetCaCertificate()) != token.CADigest {
 		return nil, errors.New("join: the server answered with another authority than the token names")
 	}
-	certPath, keyPath, caPath := memberPaths(o)
-	if err := errors.Join(
-		WriteFile(caPath, encodeCert(resp.GetCaCertificate()), 0o644),
-		writeKey(keyPath, key),
-		WriteFile(certPath, encodeCert(resp.GetCertificate()), 0o644),
-	); err != nil {
+	keyPEM, err := encodeKey(key)
+	if err != nil {
+		return nil, err
+	}
+	pairPath, caPath := memberPaths(o)
+	if err := WriteFile(caPath, encodeCert(resp.GetCaCertificate()), 0o644); err != nil {
+		return nil, err
+	}
+	if err := WriteFile(pairPath, append(encodeCert(resp.GetCertificate()), keyPEM...), 0o600); err != nil {
 		return nil, err
 	}
 	return loadMember(o)

@@ -141,7 +141,11 @@ func LoadOrCreateCA(dir string) (*CA, error) {
 		return nil, err
 	}
 	// The key first: a certificate without its key would be the error above.
-	if err := writeKey(keyPath, key); err != nil {
+	keyPEM, err := encodeKey(key)
+	if err != nil {
+		return nil, err
+	}
+	if err := WriteFile(keyPath, keyPEM, 0o600); err != nil {
 		return nil, err
 	}
 	if err := WriteFile(certPath, encodeCert(der), 0o644); err != nil {
@@ -317,12 +321,12 @@ func encodeCert(der ...[]byte) []byte {
 	return out
 }
 
-func writeKey(path string, key *ecdsa.PrivateKey) error {
+func encodeKey(key *ecdsa.PrivateKey) ([]byte, error) {
 	der, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	return WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), 0o600)
+	return pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), nil
 }
 
 func loadPair(certPath, keyPath string) (tls.Certificate, error) {

@@ -340,6 +340,17 @@ func deleteTree(dir string) error {
 	return os.RemoveAll(dir)
 }
 
+// Exists says whether the session has a volume.
+func (m *Manager) Exists(session string) (bool, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	_, err := m.load(session)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
 // List returns all volumes, mounted or not, in order of their session's id.
 func (m *Manager) List(context.Context) ([]Volume, error) {
 	m.mu.Lock()

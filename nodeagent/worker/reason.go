@@ -24,9 +24,13 @@ const (
 	ReasonRuntimeUnavailable = "CONTAINERD_UNAVAILABLE"
 	ReasonStartFailed        = "START_FAILED"
 	ReasonDeleteFailed       = "DELETE_FAILED"
+	ReasonWorkspaceMissing   = "WORKSPACE_MISSING"
 )
 
-var errNotReady = errors.New("OpenCode did not answer")
+var (
+	errNotReady    = errors.New("OpenCode did not answer")
+	errNoWorkspace = errors.New("the session has run on this node, but its files are not here any more")
+)
 
 // exitError says that the container ended by itself.
 type exitError struct {
@@ -53,6 +57,8 @@ func classify(err error) (reason, advice string, permanent bool) {
 		return ReasonOOMKilled, "raise the session's memory limit (cloudcode session update --memory)", false
 	case errors.As(err, &exit):
 		return ReasonExited, "cloudcode session logs shows why", false
+	case errors.Is(err, errNoWorkspace):
+		return ReasonWorkspaceMissing, "bring the node's old disk back, or delete the session", true
 	case errors.Is(err, errNotReady):
 		return ReasonNotReady, "cloudcode session logs shows why", false
 	case errors.Is(err, runtime.ErrImageNotFound):

@@ -29,10 +29,12 @@ import (
 // Bounds of the waits.
 const (
 	readyTimeout = 90 * time.Second // from container start to OpenCode's first answer
-	stopGrace    = 10 * time.Second // SIGTERM to SIGKILL; OpenCode needs 0.1 s
-	cleanTimeout = time.Minute      // for one attempt to stop and remove
-	firstBackoff = time.Second
-	longBackoff  = time.Minute
+	// listenTimeout bounds how long a ready OpenCode waits for its event stream.
+	listenTimeout = 3 * time.Second
+	stopGrace     = 10 * time.Second // SIGTERM to SIGKILL; OpenCode needs 0.1 s
+	cleanTimeout  = time.Minute      // for one attempt to stop and remove
+	firstBackoff  = time.Second
+	longBackoff   = time.Minute
 	// stableAfter is how long OpenCode must have run for its failures to be forgotten.
 	stableAfter = 10 * time.Minute
 	// failedAfter restarts in a row the session is called FAILED; it is still tried again.
@@ -42,6 +44,8 @@ const (
 
 // Volumes gives each session its folder on the node.
 type Volumes interface {
+	// Exists says whether Ensure would find the folder rather than make it.
+	Exists(name string) (bool, error)
 	Ensure(ctx context.Context, name string, diskBytes int64) (volume.Volume, error)
 	Remove(ctx context.Context, name string) error
 }
@@ -130,13 +134,28 @@ func (w *Worker) Assign(a *nodev1.Assignment) bool {
 	if w.ended || a != nil && a.GetSessionUid() != w.uid {
 		return false
 	}
-	if proto.Equal(w.target, a) || a != nil && w.target != nil && a.GetGeneration() < w.target.GetGeneration() {
+	if a != nil && w.target != nil && a.GetGeneration() < w.target.GetGeneration() {
+		return true
+	}
+	if sameTask(w.target, a) {
+		w.target = a
 		return true
 	}
 	w.target = a
 	close(w.changed)
 	w.changed = make(chan struct{})
 	return true
+}
+
+// sameTask says whether a worker has the same to do. That a session has a
+// workspace by now is no news to the worker that made it.
+func sameTask(a, b *nodev1.Assignment) bool {
+	if a == nil || b == nil || a.GetHasWorkspace() == b.GetHasWorkspace() {
+		return proto.Equal(a, b)
+	}
+	b = proto.CloneOf(b)
+	b.HasWorkspace = a.GetHasWorkspace()
+	return proto.Equal(a, b)
 }
 
 // endIfUnassigned makes the worker take nothing any more, unless it was assigned
@@ -322,6 +341,11 @@ func (w *Worker) keepRunning(actx context.Context, a *nodev1.Assignment, adopt b
 	if !adopt {
 		starting("placed", "on this node", 0, 0)
 	}
+	if there, err := w.cfg.Volumes.Exists(volumeName(a)); err != nil {
+		return 0, err
+	} else if !there && a.GetHasWorkspace() {
+		return 0, errNoWorkspace
+	}
 	vol, err := w.cfg.Volumes.Ensure(actx, volumeName(a), a.GetSpec().GetResources().GetDiskBytes())
 	if err != nil {
 		return 0, err
@@ -379,6 +403,17 @@ func (w *Worker) keepRunning(actx context.Context, a *nodev1.Assignment, adopt b
 		// Not stopped by the next Ensure, which would find it as wanted.
 		return 0, errors.Join(fmt.Errorf("%w within %v: %w", errNotReady, readyTimeout, err), w.cfg.Runtime.Kill(actx, w.session))
 	}
+	// Nothing is let in before its events are listened to. An OpenCode whose event
+	// stream does not work is let in all the same, a little later.
+	listening := make(chan struct{})
+	watch.Go(func() { w.watchEvents(wctx, a, oc, sync.OnceFunc(func() { close(listening) })) })
+	select {
+	case <-listening:
+	case <-time.After(listenTimeout):
+	case <-wctx.Done():
+		watch.Wait()
+		return 0, ended()
+	}
 	ready := time.Now()
 	w.setServing(a)
 	defer w.setServing(nil)
@@ -395,7 +430,6 @@ func (w *Worker) keepRunning(actx context.Context, a *nodev1.Assignment, adopt b
 		}
 	})
 	w.log.Info("session runs", "generation", a.GetGeneration(), "container", inst.ID, "opencode", version, "adopted", adopt)
-	w.watchEvents(wctx, a, oc)
 	watch.Wait()
 	return time.Since(ready), ended()
 }
@@ -433,7 +467,8 @@ func (w *Worker) spec(a *nodev1.Assignment, vol volume.Volume) runtime.Spec {
 }
 
 // watchEvents reads OpenCode's event stream into the ring until ctx ends.
-func (w *Worker) watchEvents(ctx context.Context, a *nodev1.Assignment, oc *opencode.Client) {
+// listening is called each time the stream stands.
+func (w *Worker) watchEvents(ctx context.Context, a *nodev1.Assignment, oc *opencode.Client, listening func()) {
 	const first, longest = 50 * time.Millisecond, 5 * time.Second
 	wait := first
 	var lostSince time.Time // zero while connected
@@ -449,6 +484,7 @@ func (w *Worker) watchEvents(ctx context.Context, a *nodev1.Assignment, oc *open
 				w.report(a, func(s *nodev1.SessionStatus) { s.State = nodev1.SessionStatus_RUNNING })
 			}
 			seen, wait, lostSince = true, first, time.Time{}
+			listening()
 		}, func(e opencode.Event) {
 			w.events.Append(ring.Event{Generation: a.GetGeneration(), Time: time.Now(), Type: e.Type, Directory: e.Directory, Frame: e.Frame})
 		})

@@ -83,6 +83,11 @@ func (o *openCode) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // volumes keeps each session's folder below a temporary one.
 type volumes struct{ dir string }
 
+func (v volumes) Exists(name string) (bool, error) {
+	_, err := os.Stat(filepath.Join(v.dir, name))
+	return err == nil, nil
+}
+
 func (v volumes) Ensure(_ context.Context, name string, _ int64) (volume.Volume, error) {
 	dir := filepath.Join(v.dir, name)
 	return volume.Volume{Dir: dir, S3Dir: dir, IDBase: 0x10000000}, os.MkdirAll(dir, 0o755)
@@ -322,6 +327,27 @@ func TestDelete(t *testing.T) {
 		if f.worker.Assign(assignment(2)) {
 			t.Error("a worker that has ended took an assignment")
 		}
+	})
+}
+
+// A disk that was replaced is said, and nothing is made up for it.
+func TestWorkspaceMissing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture(t)
+		a := assignment(1)
+		a.HasWorkspace = true
+		f.start(a, false)
+		s := f.expect(nodev1.SessionStatus_FAILED, worker.ReasonWorkspaceMissing, time.Second)
+		if !strings.Contains(s.GetMessage(), "delete the session") {
+			t.Errorf("message %q", s.GetMessage())
+		}
+		if left, _ := os.ReadDir(f.volumes.dir); len(left) != 0 {
+			t.Errorf("a workspace was made: %v", left)
+		}
+		if err := os.Mkdir(filepath.Join(f.volumes.dir, "s1-"+uid[:8]), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		f.expect(nodev1.SessionStatus_RUNNING, "", 2*time.Minute)
 	})
 }
 

@@ -48,7 +48,11 @@ func (d *Dispatcher) Register(ctx context.Context, req *nodev1.RegisterRequest) 
 		} else if err != nil {
 			return err
 		}
-		was = n.State
+		// Two machines of one id would run the same sessions.
+		if n.State == fleet.NodeReady && n.InstanceID != "" && n.InstanceID != req.GetInstanceId() {
+			return grpcerr.New(codes.AlreadyExists, "NODE_ID_IN_USE", "another machine is node %s: start this one with another --node-id; if it is the same machine with a new disk, it is taken once the old lease has ended", id)
+		}
+		was, n.InstanceID = n.State, req.GetInstanceId()
 		n.Labels = protoconv.Map(req.GetLabels())
 		n.Info = protoconv.NodeInfoFromProto(req.GetInfo())
 		n.State, n.Reason, n.Message = fleet.NodeReady, "", ""

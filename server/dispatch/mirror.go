@@ -59,6 +59,8 @@ func (p placed) proto() *nodev1.Assignment {
 	return &nodev1.Assignment{
 		SessionId: p.session.ID, SessionUid: p.session.UID, Generation: int64(a.Generation),
 		DesiredState: desired, Spec: protoconv.Spec(a.Spec), OpencodePassword: a.Password,
+		// Sessions stay on their node: where it was ready once, its workspace is.
+		HasWorkspace: !p.session.ReadyTime.IsZero(),
 	}
 }
 

@@ -157,6 +157,8 @@ type Node struct {
 	Reason     string            `json:"reason,omitempty"`
 	Message    string            `json:"message,omitempty"`
 	Info       NodeInfo          `json:"info"`
+	// InstanceID tells two machines apart that claim the same id.
+	InstanceID string `json:"instance_id,omitempty"`
 	// RegistrationID of the current registration; an expiry or a report of an
 	// older one is refused.
 	RegistrationID string `json:"registration_id,omitempty"`

@@ -362,9 +362,12 @@ func (x *JoinResponse) GetCaCertificate() []byte {
 }
 
 type RegisterRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Info          *v1.NodeInfo           `protobuf:"bytes,1,opt,name=info,proto3" json:"info,omitempty"`
-	Labels        map[string]string      `protobuf:"bytes,2,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Info   *v1.NodeInfo           `protobuf:"bytes,1,opt,name=info,proto3" json:"info,omitempty"`
+	Labels map[string]string      `protobuf:"bytes,2,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// Random, and kept with the node's data: tells two machines apart that claim
+	// the same id.
+	InstanceId    string `protobuf:"bytes,3,opt,name=instance_id,json=instanceId,proto3" json:"instance_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -411,6 +414,13 @@ func (x *RegisterRequest) GetLabels() map[string]string {
 		return x.Labels
 	}
 	return nil
+}
+
+func (x *RegisterRequest) GetInstanceId() string {
+	if x != nil {
+		return x.InstanceId
+	}
+	return ""
 }
 
 type RegisterResponse struct {
@@ -927,8 +937,11 @@ type Assignment struct {
 	Spec         *v1.SessionSpec         `protobuf:"bytes,5,opt,name=spec,proto3" json:"spec,omitempty"`
 	// What the session's OpenCode asks for as password; the user is `opencode`.
 	OpencodePassword string `protobuf:"bytes,6,opt,name=opencode_password,json=opencodePassword,proto3" json:"opencode_password,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// The session has run on this node: if its workspace is not there, that is a
+	// loss to be told, not a new session.
+	HasWorkspace  bool `protobuf:"varint,7,opt,name=has_workspace,json=hasWorkspace,proto3" json:"has_workspace,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Assignment) Reset() {
@@ -1001,6 +1014,13 @@ func (x *Assignment) GetOpencodePassword() string {
 		return x.OpencodePassword
 	}
 	return ""
+}
+
+func (x *Assignment) GetHasWorkspace() bool {
+	if x != nil {
+		return x.HasWorkspace
+	}
+	return false
 }
 
 type ReportStatusRequest struct {
@@ -1728,10 +1748,12 @@ const file_cloudcode_node_v1_node_proto_rawDesc = "" +
 	"\aGATEWAY\x10\x02\"W\n" +
 	"\fJoinResponse\x12 \n" +
 	"\vcertificate\x18\x01 \x01(\fR\vcertificate\x12%\n" +
-	"\x0eca_certificate\x18\x02 \x01(\fR\rcaCertificate\"\xc0\x01\n" +
+	"\x0eca_certificate\x18\x02 \x01(\fR\rcaCertificate\"\xe1\x01\n" +
 	"\x0fRegisterRequest\x12*\n" +
 	"\x04info\x18\x01 \x01(\v2\x16.cloudcode.v1.NodeInfoR\x04info\x12F\n" +
-	"\x06labels\x18\x02 \x03(\v2..cloudcode.node.v1.RegisterRequest.LabelsEntryR\x06labels\x1a9\n" +
+	"\x06labels\x18\x02 \x03(\v2..cloudcode.node.v1.RegisterRequest.LabelsEntryR\x06labels\x12\x1f\n" +
+	"\vinstance_id\x18\x03 \x01(\tR\n" +
+	"instanceId\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xc3\x01\n" +
@@ -1761,7 +1783,7 @@ const file_cloudcode_node_v1_node_proto_rawDesc = "" +
 	"\bgateways\x18\x01 \x03(\v2\x1a.cloudcode.node.v1.GatewayR\bgateways\"3\n" +
 	"\aGateway\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
-	"\aaddress\x18\x02 \x01(\tR\aaddress\"\xdd\x02\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\"\x82\x03\n" +
 	"\n" +
 	"Assignment\x12\x1d\n" +
 	"\n" +
@@ -1773,7 +1795,8 @@ const file_cloudcode_node_v1_node_proto_rawDesc = "" +
 	"generation\x12O\n" +
 	"\rdesired_state\x18\x04 \x01(\x0e2*.cloudcode.node.v1.Assignment.DesiredStateR\fdesiredState\x12-\n" +
 	"\x04spec\x18\x05 \x01(\v2\x19.cloudcode.v1.SessionSpecR\x04spec\x12+\n" +
-	"\x11opencode_password\x18\x06 \x01(\tR\x10opencodePassword\"B\n" +
+	"\x11opencode_password\x18\x06 \x01(\tR\x10opencodePassword\x12#\n" +
+	"\rhas_workspace\x18\a \x01(\bR\fhasWorkspace\"B\n" +
 	"\fDesiredState\x12\x1d\n" +
 	"\x19DESIRED_STATE_UNSPECIFIED\x10\x00\x12\a\n" +
 	"\x03RUN\x10\x01\x12\n" +

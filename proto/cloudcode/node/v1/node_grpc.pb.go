@@ -146,7 +146,8 @@ const (
 // DispatchService tells nodes what to run and takes what they report. The
 // caller is known by its certificate, never by what a message says.
 type DispatchServiceClient interface {
-	// Register begins a registration. An older one of the same node ends.
+	// Register begins a registration. An older one of the same node ends. Errors:
+	// ALREADY_EXISTS while another machine holds this node's id.
 	Register(ctx context.Context, in *RegisterRequest, opts ...grpc.CallOption) (*RegisterResponse, error)
 	// Heartbeat renews the lease. Errors: FAILED_PRECONDITION if the
 	// registration is not the current one: register again.
@@ -223,7 +224,8 @@ func (c *dispatchServiceClient) ReportStatus(ctx context.Context, in *ReportStat
 // DispatchService tells nodes what to run and takes what they report. The
 // caller is known by its certificate, never by what a message says.
 type DispatchServiceServer interface {
-	// Register begins a registration. An older one of the same node ends.
+	// Register begins a registration. An older one of the same node ends. Errors:
+	// ALREADY_EXISTS while another machine holds this node's id.
 	Register(context.Context, *RegisterRequest) (*RegisterResponse, error)
 	// Heartbeat renews the lease. Errors: FAILED_PRECONDITION if the
 	// registration is not the current one: register again.
