@@ -1,6 +1,7 @@
 package containerd
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -78,6 +79,14 @@ func TestContainerdDies(t *testing.T) {
 		exit, err := e.Wait(ctx, "one")
 		waited <- result{exit, err}
 	}()
+	// The call must be on its way: only then is it cut off rather than refused.
+	until(t, func() error {
+		stacks := make([]byte, 4<<20)
+		if stacks = stacks[:goruntime.Stack(stacks, true)]; !bytes.Contains(stacks, []byte("tasksClient).Wait")) {
+			return errors.New("no call of Wait is under way")
+		}
+		return nil
+	})
 	pid := e.daemon.PID()
 	if err := unix.Kill(pid, unix.SIGKILL); err != nil {
 		t.Fatal(err)

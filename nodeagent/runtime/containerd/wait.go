@@ -7,6 +7,7 @@ import (
 
 	ctd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
 
 	"github.com/cloudcode-dev/cloudcode/nodeagent/runtime"
 )
@@ -86,7 +87,8 @@ func (r *Runtime) wait(ctx context.Context, session string) (runtime.Exit, error
 			if werr == nil {
 				return r.exit(session, int(code), at), nil
 			}
-			err = werr
+			// A containerd that dies is told on the channel, as gRPC says it.
+			err = errgrpc.ToNative(werr)
 		case <-ctx.Done():
 			return runtime.Exit{}, ctx.Err()
 		}
