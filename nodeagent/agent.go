@@ -62,6 +62,10 @@ type Config struct {
 	Version string
 	Log     *slog.Logger
 
+	// Prepare, if not nil, runs when the container runtime is ready and before any
+	// session is looked after; an error ends the start. It may import images.
+	Prepare func(ctx context.Context, r runtime.Runtime) error
+
 	// Runtime and Volumes replace the real ones in tests.
 	Runtime runtime.Runtime
 	Volumes worker.Volumes
@@ -125,9 +129,6 @@ func New(cfg Config) (*Agent, error) {
 	}, nil
 }
 
-// Runtime is what the daemon runs containers with. It works once Start has returned.
-func (a *Agent) Runtime() runtime.Runtime { return a.runtime }
-
 // NodeID is what the node is known by.
 func (a *Agent) NodeID() string { return a.cfg.NodeID }
 
@@ -165,6 +166,11 @@ func (a *Agent) Start(ctx context.Context) (err error) {
 		LogDir:     a.logDir,
 		RemoveLogs: func(session string) error { return os.RemoveAll(a.logDir(session)) },
 		Report:     a.reports.put, Log: a.log,
+	}
+	if a.cfg.Prepare != nil {
+		if err := a.cfg.Prepare(ctx, a.runtime); err != nil {
+			return err
+		}
 	}
 	if err := a.adopt(ctx); err != nil {
 		return err

@@ -74,7 +74,7 @@ func startBackend(ctx context.Context, cfg Config, log *slog.Logger) (_ *backend
 	if err != nil {
 		return nil, fmt.Errorf("use containerd at %s: %w", address, err)
 	}
-	b.runtime = b.containerd
+	b.runtime, b.version = b.containerd, "containerd "+b.containerd.Version()
 	b.manager = &volume.Manager{Dir: filepath.Join(cfg.Dir, "volumes")}
 	b.volumes = b.manager
 	if err := pki.WriteFile(filepath.Join(cfg.Dir, ContainerdAddressFile), []byte(address+"\n"), 0o644); err != nil {

@@ -21,6 +21,7 @@ import (
 	"github.com/cloudcode-dev/cloudcode/cmd/cloudcode/internal/cli"
 	"github.com/cloudcode-dev/cloudcode/image"
 	"github.com/cloudcode-dev/cloudcode/nodeagent"
+	"github.com/cloudcode-dev/cloudcode/nodeagent/runtime"
 )
 
 // upTeardown bounds how long Ctrl-C takes; a session's end is bounded by itself.
@@ -98,12 +99,16 @@ func (u *up) run(cmd *cobra.Command) (err error) {
 		return err
 	}
 	cfg.Ephemeral = true
+	if u.server.defaultImage == image.DefaultRef {
+		// Before the daemon looks after sessions: they need it.
+		cfg.Prepare = func(ctx context.Context, r runtime.Runtime) error { return u.ensureImage(ctx, dataDir, r) }
+	}
 	agent, err := nodeagent.New(cfg)
 	if err != nil {
 		return err
 	}
 	if err := agent.Start(ctx); err != nil {
-		return err
+		return interruptedIsFine(ctx, err)
 	}
 	defer func() {
 		u.say("ending: containers, network and containerd go, sessions' files stay")
@@ -112,11 +117,6 @@ func (u *up) run(cmd *cobra.Command) (err error) {
 		err = errors.Join(err, agent.Teardown(tctx, func(what string) { u.say("%s", what) }))
 	}()
 
-	if u.server.defaultImage == image.DefaultRef {
-		if err := u.ensureImage(ctx, dataDir, agent); err != nil {
-			return interruptedIsFine(ctx, err)
-		}
-	}
 	if err := u.ensureSession(cmd); err != nil {
 		return interruptedIsFine(ctx, err)
 	}
@@ -138,7 +138,7 @@ func interruptedIsFine(ctx context.Context, err error) error {
 
 // ensureImage builds the default image (which is quick when nothing changed) and
 // imports it unless containerd has it.
-func (u *up) ensureImage(ctx context.Context, dataDir string, agent *nodeagent.Agent) error {
+func (u *up) ensureImage(ctx context.Context, dataDir string, r runtime.Runtime) error {
 	u.say("preparing the session image %s", image.DefaultRef)
 	result, err := image.Build(ctx, image.BuildOptions{
 		CacheDir: filepath.Join(dataDir, "image"), Mirrors: u.mirrors, Cloudflared: u.cloudflared,
@@ -155,7 +155,7 @@ func (u *up) ensureImage(ctx context.Context, dataDir string, agent *nodeagent.A
 	for _, left := range result.LeftOut {
 		fmt.Fprintf(u.out, "            left out %s\n", left)
 	}
-	have, err := agent.Runtime().Images(ctx)
+	have, err := r.Images(ctx)
 	if err != nil {
 		return err
 	}
@@ -170,7 +170,7 @@ func (u *up) ensureImage(ctx context.Context, dataDir string, agent *nodeagent.A
 		return err
 	}
 	defer f.Close()
-	_, err = agent.Runtime().ImportImage(ctx, f, result.Ref, nil)
+	_, err = r.ImportImage(ctx, f, result.Ref, nil)
 	return err
 }
 

@@ -83,12 +83,13 @@ type Config struct {
 
 // Runtime implements runtime.Runtime.
 type Runtime struct {
-	cfg    Config
-	subnet netip.Prefix
-	client *ctd.Client
-	net    *network
-	log    *slog.Logger
-	locks  keyedMutex
+	version string
+	cfg     Config
+	subnet  netip.Prefix
+	client  *ctd.Client
+	net     *network
+	log     *slog.Logger
+	locks   keyedMutex
 }
 
 var _ runtime.Runtime = (*Runtime)(nil)
@@ -147,6 +148,7 @@ func (r *Runtime) start(ctx context.Context) error {
 		return fmt.Errorf("%w: containerd at %s does not answer: %w", runtime.ErrUnavailable, r.cfg.Address, err)
 	}
 	warnVersion(r.log, "containerd", v.Version)
+	r.version = v.Version
 	r.net, err = newNetwork(ctx, r.cfg, r.subnet)
 	if err != nil {
 		return err
@@ -171,6 +173,9 @@ func (c Config) validate() error {
 	}
 	return nil
 }
+
+// Version is containerd's, as it was when New returned.
+func (r *Runtime) Version() string { return r.version }
 
 // Close lets go of containerd; containers go on running.
 func (r *Runtime) Close() error { return r.client.Close() }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/url"
 	"os"
 	"strings"
 	"time"
@@ -142,7 +143,7 @@ func printReady(w io.Writer, s *cloudcodev1.Session) error {
 // attachLine is a command line that joins the session from a terminal. The
 // password is left to the shell: it must not end up in a history or a log.
 func attachLine(s *cloudcodev1.Session) string {
-	line := "opencode attach " + s.GetWebUri()
+	line := "opencode attach " + attachURI(s)
 	if os.Getenv("SERVER_PASSWORD") != "" {
 		if os.Getenv("SERVER_USERNAME") != "" {
 			line += ` -u "$SERVER_USERNAME"`
@@ -150,6 +151,19 @@ func attachLine(s *cloudcodev1.Session) string {
 		line += ` -p "$SERVER_PASSWORD"`
 	}
 	return line
+}
+
+// attachURI is where terminals reach the session. Browsers resolve names below
+// localhost by themselves; a plain Debian does not, so there it is the path.
+func attachURI(s *cloudcodev1.Session) string {
+	u, err := url.Parse(s.GetWebUri())
+	if err != nil || !strings.HasSuffix(u.Hostname(), ".localhost") {
+		return s.GetWebUri()
+	}
+	id := idOf(s.GetName())
+	u.Host = strings.TrimPrefix(u.Host, id+".")
+	u.Path = "/v1/sessions/" + id + "/proxy"
+	return u.String()
 }
 
 // waitReady returns the session once it is RUNNING, or why it will not be.

@@ -306,7 +306,7 @@ func TestOpen(t *testing.T) {
 	t.Setenv("SERVER_USERNAME", "agent")
 	t.Setenv("SERVER_PASSWORD", "secret")
 	r := f.run("session", "open", "main")
-	if want := "opencode attach http://main.localhost:8080 -u \"$SERVER_USERNAME\" -p \"$SERVER_PASSWORD\"\n"; r.err != want {
+	if want := "opencode attach http://localhost:8080/v1/sessions/main/proxy -u \"$SERVER_USERNAME\" -p \"$SERVER_PASSWORD\"\n"; r.err != want {
 		t.Errorf("%q, want %q", r.err, want)
 	}
 	if strings.Contains(r.out+r.err, "secret") {

@@ -139,7 +139,7 @@ func TestCreateWaits(t *testing.T) {
 		return nil
 	}
 	r := f.run("session", "create", "main", "--wait")
-	if want := "session main is ready\n  web:     http://main.localhost:8080\n  attach:  opencode attach http://main.localhost:8080\n"; r.code != 0 || r.out != want {
+	if want := "session main is ready\n  web:     http://main.localhost:8080\n  attach:  opencode attach http://localhost:8080/v1/sessions/main/proxy\n"; r.code != 0 || r.out != want {
 		t.Fatalf("%+v", r)
 	}
 	if !strings.HasPrefix(r.err, "waiting for a node (NO_READY_NODE: no node is ready)\n") || !strings.HasSuffix(r.err, "ready after 0.0s\n") {
