@@ -18,10 +18,7 @@ import (
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials"
-	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
 
@@ -268,7 +265,7 @@ func (a *Agent) main() {
 	if err != nil {
 		return // the daemon stops
 	}
-	conn, err := a.dial(member, a.cfg.Server)
+	conn, err := member.Dial(a.cfg.Server)
 	if err != nil {
 		a.log.Error("cannot use the server's address", "server", a.cfg.Server, "error", err)
 		return
@@ -338,18 +335,6 @@ func (a *Agent) join() (*pki.Member, error) {
 			return nil, err
 		}
 	}
-}
-
-// dial returns a connection that comes back by itself.
-func (a *Agent) dial(member *pki.Member, address string) (*grpc.ClientConn, error) {
-	return grpc.NewClient(address,
-		grpc.WithTransportCredentials(credentials.NewTLS(member.ClientTLS())),
-		// Notices a peer that vanished without a word. Servers allow 10 s.
-		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 20 * time.Second, Timeout: 10 * time.Second, PermitWithoutStream: true}),
-		grpc.WithConnectParams(grpc.ConnectParams{
-			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 3 * time.Second},
-			MinConnectTimeout: 5 * time.Second,
-		}))
 }
 
 // registered runs one registration until it is over, and says why.

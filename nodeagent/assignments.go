@@ -14,6 +14,7 @@ import (
 
 	"google.golang.org/protobuf/proto"
 
+	"github.com/cloudcode-dev/cloudcode/internal/atomicfile"
 	"github.com/cloudcode-dev/cloudcode/internal/container"
 	"github.com/cloudcode-dev/cloudcode/internal/link"
 	"github.com/cloudcode-dev/cloudcode/internal/pki"
@@ -164,7 +165,7 @@ func (a *Agent) setGateways(member *pki.Member, gateways []*nodev1.Gateway) {
 		if a.gateways[address] != nil || a.ctx.Err() != nil {
 			continue
 		}
-		conn, err := a.dial(member, address)
+		conn, err := member.Dial(address)
 		if err != nil {
 			a.log.Error("cannot use a gateway's address", "gateway", g.GetId(), "address", address, "error", err)
 			continue
@@ -205,7 +206,7 @@ func (a *Agent) saveState() {
 	for name, m := range map[string]proto.Message{stateAssignments: chunk, stateGateways: list} {
 		data, err := proto.MarshalOptions{Deterministic: true}.Marshal(m)
 		if err == nil && !a.saved.same(name, data) {
-			err = pki.WriteFile(a.statePath(name), data, 0o600)
+			err = atomicfile.Write(a.statePath(name), data, 0o600)
 			a.saved.set(name, data, err)
 		}
 		if err != nil {

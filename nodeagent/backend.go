@@ -11,7 +11,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"github.com/cloudcode-dev/cloudcode/internal/pki"
+	"github.com/cloudcode-dev/cloudcode/internal/atomicfile"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/runtime"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/runtime/containerd"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/volume"
@@ -77,7 +77,7 @@ func startBackend(ctx context.Context, cfg Config, log *slog.Logger) (_ *backend
 	b.runtime, b.version = b.containerd, "containerd "+b.containerd.Version()
 	b.manager = &volume.Manager{Dir: filepath.Join(cfg.Dir, "volumes")}
 	b.volumes = b.manager
-	if err := pki.WriteFile(filepath.Join(cfg.Dir, ContainerdAddressFile), []byte(address+"\n"), 0o644); err != nil {
+	if err := atomicfile.Write(filepath.Join(cfg.Dir, ContainerdAddressFile), []byte(address+"\n"), 0o644); err != nil {
 		return nil, err
 	}
 	return b, nil

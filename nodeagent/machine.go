@@ -12,7 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/cloudcode-dev/cloudcode/internal/pki"
+	"github.com/cloudcode-dev/cloudcode/internal/atomicfile"
 	cloudcodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/v1"
 )
 
@@ -45,7 +45,7 @@ func instanceID(path string) (string, error) {
 		return "", err
 	}
 	id := rand.Text()
-	return id, pki.WriteFile(path, []byte(id+"\n"), 0o600)
+	return id, atomicfile.Write(path, []byte(id+"\n"), 0o600)
 }
 
 // machineInfo describes this machine. What cannot be read stays zero: unknown.

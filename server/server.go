@@ -23,6 +23,7 @@ import (
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/reflection"
 
+	"github.com/cloudcode-dev/cloudcode/internal/atomicfile"
 	"github.com/cloudcode-dev/cloudcode/internal/auth"
 	"github.com/cloudcode-dev/cloudcode/internal/link"
 	"github.com/cloudcode-dev/cloudcode/internal/pki"
@@ -169,7 +170,7 @@ func (s *Server) Start(ctx context.Context) (err error) {
 	}
 	s.listener = listener
 	s.serve(healthServer, hub)
-	if err := pki.WriteFile(AddressPath(s.config.DataDir), []byte(localAddress(listener.Addr())+"\n"), 0o644); err != nil {
+	if err := atomicfile.Write(AddressPath(s.config.DataDir), []byte(localAddress(listener.Addr())+"\n"), 0o644); err != nil {
 		return err
 	}
 	s.onStop(func() error { return os.Remove(AddressPath(s.config.DataDir)) })
@@ -315,7 +316,7 @@ func loadOrCreateToken(path string) (string, error) {
 		return "", fmt.Errorf("read the admin token: %w", err)
 	}
 	token := rand.Text()
-	if err := pki.WriteFile(path, []byte(token+"\n"), 0o600); err != nil {
+	if err := atomicfile.Write(path, []byte(token+"\n"), 0o600); err != nil {
 		return "", fmt.Errorf("write the admin token: %w", err)
 	}
 	return token, nil

@@ -11,7 +11,6 @@ import (
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc"
 
-	"github.com/cloudcode-dev/cloudcode/cmd/cloudcode/internal/cli"
 	"github.com/cloudcode-dev/cloudcode/gateway"
 	"github.com/cloudcode-dev/cloudcode/nodeagent"
 )
@@ -54,7 +53,7 @@ func (f *gatewayFlags) start(ctx context.Context, dataDir, server string, token 
 		return nil, nil, err
 	}
 	var conn *grpc.ClientConn
-	if conn, err = dialServer(member, server); err != nil {
+	if conn, err = member.Dial(server); err != nil {
 		return nil, nil, err
 	}
 	username, password := credentialsFromEnv()
@@ -100,20 +99,15 @@ password may be a bcrypt or argon2id hash (cloudcode auth hash-password).
 Without a password nothing is asked for, and only loopback may be listened on.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			dataDir, err := absDataDir(cmd)
+			m, err := newMember(cmd)
 			if err != nil {
 				return err
 			}
-			log := cli.Logger(cmd, slog.LevelInfo)
-			server, _ := cmd.Flags().GetString("server")
-			if server == "" {
-				server = defaultGRPCListen
-			}
-			g, stop, err := f.start(cmd.Context(), dataDir, server, joinToken(cmd, dataDir), localTokens(dataDir), log)
+			g, stop, err := f.start(cmd.Context(), m.dataDir, m.server, m.token, localTokens(m.dataDir), m.log)
 			if err != nil {
 				return err
 			}
-			log.Info("gateway runs", "address", g.Addr(), "links", g.LinkAddr(), "server", server)
+			m.log.Info("gateway runs", "address", g.Addr(), "links", g.LinkAddr(), "server", m.server)
 			failed := waitFor(cmd.Context(), g.Wait)
 			return errors.Join(failed, stopBounded(cmd.Context(), stop))
 		},

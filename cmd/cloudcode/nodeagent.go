@@ -1,11 +1,8 @@
 package main
 
 import (
-	"log/slog"
-
 	"github.com/spf13/cobra"
 
-	"github.com/cloudcode-dev/cloudcode/cmd/cloudcode/internal/cli"
 	"github.com/cloudcode-dev/cloudcode/nodeagent"
 )
 
@@ -22,16 +19,11 @@ When it ends, sessions go on running; the next node daemon adopts them.`,
 		Example: `  cloudcode nodeagent --server fleet.example.com:7443 --join-token "$TOKEN"`,
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			dataDir, err := absDataDir(cmd)
+			m, err := newMember(cmd)
 			if err != nil {
 				return err
 			}
-			log := cli.Logger(cmd, slog.LevelInfo)
-			server, _ := cmd.Flags().GetString("server")
-			if server == "" {
-				server = defaultGRPCListen
-			}
-			cfg, err := f.config(dataDir, server, joinToken(cmd, dataDir), log)
+			cfg, err := f.config(m.dataDir, m.server, m.token, m.log)
 			if err != nil {
 				return err
 			}
@@ -42,9 +34,9 @@ When it ends, sessions go on running; the next node daemon adopts them.`,
 			if err := agent.Start(cmd.Context()); err != nil {
 				return err
 			}
-			log.Info("node daemon runs", "node", agent.NodeID(), "server", server)
+			m.log.Info("node daemon runs", "node", agent.NodeID(), "server", m.server)
 			<-cmd.Context().Done()
-			log.Info("node daemon ends; sessions go on")
+			m.log.Info("node daemon ends; sessions go on")
 			return stopBounded(cmd.Context(), agent.Stop)
 		},
 	}

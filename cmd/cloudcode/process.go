@@ -12,10 +12,6 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/backoff"
-	"google.golang.org/grpc/credentials"
-	"google.golang.org/grpc/keepalive"
 
 	"github.com/cloudcode-dev/cloudcode/cmd/cloudcode/internal/cli"
 	"github.com/cloudcode-dev/cloudcode/internal/pki"
@@ -59,6 +55,29 @@ func libexecDir(flag string) (string, error) {
 
 func absDataDir(cmd *cobra.Command) (string, error) { return filepath.Abs(cli.DataDir(cmd)) }
 
+// member is what every command that joins a fleet starts from.
+type member struct {
+	dataDir string
+	server  string // host:port; of this machine unless --server names another
+	token   func() (string, error)
+	log     *slog.Logger
+}
+
+func newMember(cmd *cobra.Command) (member, error) {
+	dataDir, err := absDataDir(cmd)
+	if err != nil {
+		return member{}, err
+	}
+	server, err := cmd.Flags().GetString("server")
+	if err != nil {
+		return member{}, err
+	}
+	if server == "" {
+		server = defaultGRPCListen
+	}
+	return member{dataDir: dataDir, server: server, token: joinToken(cmd, dataDir), log: cli.Logger(cmd, slog.LevelInfo)}, nil
+}
+
 // joinToken returns how a member finds its join token: from the flag (or its
 // environment variable), or from the data directory of a server on this machine.
 func joinToken(cmd *cobra.Command, dataDir string) func() (string, error) {
@@ -98,17 +117,6 @@ func joinAsGateway(ctx context.Context, server, id, dir string, token func() (st
 			return nil, ctx.Err()
 		}
 	}
-}
-
-// dialServer returns the gateway's connection to the server, which comes back by itself.
-func dialServer(member *pki.Member, address string) (*grpc.ClientConn, error) {
-	return grpc.NewClient(address,
-		grpc.WithTransportCredentials(credentials.NewTLS(member.ClientTLS())),
-		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 20 * time.Second, Timeout: 10 * time.Second, PermitWithoutStream: true}),
-		grpc.WithConnectParams(grpc.ConnectParams{
-			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 3 * time.Second},
-			MinConnectTimeout: 5 * time.Second,
-		}))
 }
 
 // nodeFlags are the flags of every command that runs a node daemon.

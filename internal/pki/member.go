@@ -20,8 +20,11 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/keepalive"
 
+	"github.com/cloudcode-dev/cloudcode/internal/atomicfile"
 	nodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/node/v1"
 )
 
@@ -61,6 +64,19 @@ func (m *Member) ServerTLS() *tls.Config {
 		ClientAuth: tls.RequireAndVerifyClientCert,
 		ClientCAs:  m.pool(),
 	}
+}
+
+// Dial returns a connection to the server or a gateway. It comes back by itself.
+func (m *Member) Dial(address string) (*grpc.ClientConn, error) {
+	return grpc.NewClient(address,
+		grpc.WithTransportCredentials(credentials.NewTLS(m.ClientTLS())),
+		// Notices a peer that vanished without a word. Listeners of ours allow 5 s.
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 20 * time.Second, Timeout: 10 * time.Second, PermitWithoutStream: true}),
+		// gRPC's own pauses grow to two minutes; sessions wait for this.
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 3 * time.Second},
+			MinConnectTimeout: 5 * time.Second,
+		}))
 }
 
 // JoinOptions say how to become a member.
@@ -215,10 +231,10 @@ func join(ctx context.Context, o JoinOptions) (*Member, error) {
 		return nil, err
 	}
 	pairPath, caPath := memberPaths(o)
-	if err := WriteFile(caPath, encodeCert(resp.GetCaCertificate()), 0o644); err != nil {
+	if err := atomicfile.Write(caPath, encodeCert(resp.GetCaCertificate()), 0o644); err != nil {
 		return nil, err
 	}
-	if err := WriteFile(pairPath, append(encodeCert(resp.GetCertificate()), keyPEM...), 0o600); err != nil {
+	if err := atomicfile.Write(pairPath, append(encodeCert(resp.GetCertificate()), keyPEM...), 0o600); err != nil {
 		return nil, err
 	}
 	return loadMember(o)

@@ -29,6 +29,8 @@ import (
 
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/peer"
+
+	"github.com/cloudcode-dev/cloudcode/internal/atomicfile"
 )
 
 // Role of a member of the fleet.
@@ -145,10 +147,10 @@ func LoadOrCreateCA(dir string) (*CA, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := WriteFile(keyPath, keyPEM, 0o600); err != nil {
+	if err := atomicfile.Write(keyPath, keyPEM, 0o600); err != nil {
 		return nil, err
 	}
-	if err := WriteFile(certPath, encodeCert(der), 0o644); err != nil {
+	if err := atomicfile.Write(certPath, encodeCert(der), 0o644); err != nil {
 		return nil, err
 	}
 	cert, err := x509.ParseCertificate(der)
@@ -267,38 +269,13 @@ func LoadOrCreateToken(dir string, ca *CA) (Token, error) {
 		return Token{}, err
 	}
 	token := Token{CADigest: digest, Secret: rand.Text()}
-	return token, WriteFile(path, []byte(token.String()+"\n"), 0o600)
+	return token, atomicfile.Write(path, []byte(token.String()+"\n"), 0o600)
 }
 
 // Digest returns the SHA-256 of a certificate in hex.
 func Digest(certDER []byte) string {
 	sum := sha256.Sum256(certDER)
 	return hex.EncodeToString(sum[:])
-}
-
-// WriteFile writes a file so that after a crash it is there whole or not at all.
-func WriteFile(path string, data []byte, mode fs.FileMode) error {
-	tmp, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(tmp.Name()) // an error after the rename is expected
-	if err := errors.Join(tmp.Chmod(mode), write(tmp, data), tmp.Sync(), tmp.Close()); err != nil {
-		return fmt.Errorf("write %s: %w", path, err)
-	}
-	if err := os.Rename(tmp.Name(), path); err != nil {
-		return err
-	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	return errors.Join(dir.Sync(), dir.Close())
-}
-
-func write(f *os.File, data []byte) error {
-	_, err := f.Write(data)
-	return err
 }
 
 func exists(path string) bool {

@@ -27,6 +27,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/cloudcode-dev/cloudcode/internal/atomicfile"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/runtime"
 )
 
@@ -236,44 +237,15 @@ func (m *Manager) load(name string) (meta, error) {
 }
 
 // save leaves the old or the new file after a crash.
-func (m *Manager) save(session string, md meta) (err error) {
+func (m *Manager) save(session string, md meta) error {
 	data, err := json.Marshal(md)
 	if err != nil {
 		return err
 	}
-	dir := filepath.Join(m.Dir, session)
-	f, err := os.CreateTemp(dir, ".meta-*")
-	if err != nil {
+	if err := atomicfile.Write(filepath.Join(m.Dir, session, metaFile), data, 0o600); err != nil {
 		return err
 	}
-	defer func() {
-		if err != nil {
-			_ = os.Remove(f.Name())
-		}
-	}()
-	_, err = f.Write(data)
-	if err == nil {
-		err = f.Sync()
-	}
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
-	if err == nil {
-		err = os.Rename(f.Name(), filepath.Join(dir, metaFile))
-	}
-	if err == nil {
-		err = errors.Join(syncDir(dir), syncDir(m.Dir))
-	}
-	return err
-}
-
-func syncDir(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
+	return atomicfile.SyncDir(m.Dir)
 }
 
 // Unmount detaches the session's volume from the machine; the data stays. It

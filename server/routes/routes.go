@@ -30,8 +30,8 @@ import (
 
 	"google.golang.org/grpc/codes"
 
+	"github.com/cloudcode-dev/cloudcode/internal/atomicfile"
 	"github.com/cloudcode-dev/cloudcode/internal/grpcerr"
-	"github.com/cloudcode-dev/cloudcode/internal/pki"
 	gatewayv1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/gateway/v1"
 	nodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/node/v1"
 	"github.com/cloudcode-dev/cloudcode/server/store"
@@ -256,7 +256,7 @@ func (r *Routes) save(ctx context.Context) {
 	slices.SortFunc(known, func(a, b gateway) int { return strings.Compare(a.ID, b.ID) })
 	data, err := json.MarshalIndent(known, "", "  ")
 	if err == nil {
-		err = pki.WriteFile(r.config.Path, append(data, '\n'), 0o600)
+		err = atomicfile.Write(r.config.Path, append(data, '\n'), 0o600)
 	}
 	if err != nil {
 		r.log.WarnContext(ctx, "cannot keep which gateways there are; nodes drop their links to them if the server restarts now", "error", err)

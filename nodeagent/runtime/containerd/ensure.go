@@ -20,6 +20,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
+	"github.com/cloudcode-dev/cloudcode/internal/atomicfile"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/runtime"
 )
 
@@ -316,7 +317,7 @@ func scratch(spec runtime.Spec, parent string) (upper, work string, err error) {
 	if string(have) == want {
 		return upper, work, nil
 	}
-	return upper, work, writeFileAtomic(marker, []byte(want))
+	return upper, work, atomicfile.Write(marker, []byte(want), 0o600)
 }
 
 // inspect returns runtime.ErrNotFound when there is no whole container: none,

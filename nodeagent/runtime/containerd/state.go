@@ -13,6 +13,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/cloudcode-dev/cloudcode/internal/atomicfile"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/runtime"
 )
 
@@ -44,7 +45,7 @@ func (r *Runtime) saveRecord(rec record) error {
 	if err != nil {
 		return err
 	}
-	return writeFileAtomic(filepath.Join(dir, "spec.json"), data)
+	return atomicfile.Write(filepath.Join(dir, "spec.json"), data, 0o600)
 }
 
 // loadRecord returns fs.ErrNotExist when the session has none that is whole.
@@ -62,30 +63,6 @@ func (r *Runtime) loadRecord(session string) (record, error) {
 
 func (r *Runtime) dropRecord(session string) error {
 	return os.RemoveAll(r.sessionDir(session))
-}
-
-// writeFileAtomic leaves either the old or the new content after a crash.
-func writeFileAtomic(path string, data []byte) (err error) {
-	f, err := os.CreateTemp(filepath.Dir(path), ".tmp-*") // mode 0600
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			_ = os.Remove(f.Name())
-		}
-	}()
-	_, err = f.Write(data)
-	if err == nil {
-		err = f.Sync()
-	}
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
-	if err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	return err
 }
 
 // keyedMutex is a mutex per key. Its zero value is ready.
