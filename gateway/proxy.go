@@ -96,16 +96,16 @@ func (p *proxy) ready(w http.ResponseWriter, r *http.Request, d destination) (*r
 	ctx, cancel := context.WithTimeout(r.Context(), wait)
 	defer cancel()
 	defer context.AfterFunc(p.g.draining, cancel)()
+	settled := func(rt *route) bool {
+		s := rt.session.GetState()
+		return s != cloudcodev1.Session_PENDING && s != cloudcodev1.Session_STARTING
+	}
 	rt, synced := p.g.routes.await(ctx, d.session, func(rt *route, synced bool) bool {
-		if rt == nil {
-			return synced
-		}
-		switch rt.session.GetState() {
-		case cloudcodev1.Session_PENDING, cloudcodev1.Session_STARTING:
-			return false
-		}
-		return true
+		return rt == nil && synced || rt != nil && settled(rt)
 	})
+	if rt == nil && synced && p.isNew(ctx, d.session) {
+		rt, _ = p.g.routes.await(ctx, d.session, func(rt *route, _ bool) bool { return rt != nil && settled(rt) })
+	}
 	switch {
 	case r.Context().Err() != nil:
 		return nil, false // nobody listens any more
@@ -129,6 +129,18 @@ func (p *proxy) ready(w http.ResponseWriter, r *http.Request, d destination) (*r
 	notRunning(w, r, rt)
 	return nil, false
 }
+
+// isNew asks the server about a session that this gateway has no route for. Who
+// has just been told that it was created may be quicker than the route.
+func (p *proxy) isNew(ctx context.Context, session string) bool {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	_, err := p.g.sessions.GetSession(ctx, &cloudcodev1.GetSessionRequest{Name: "sessions/" + session})
+	return err == nil
+}
+
+// askTimeout bounds how long a request for an unknown session waits for the server.
+const askTimeout = 2 * time.Second
 
 // notRunning says what the session is doing instead.
 func notRunning(w http.ResponseWriter, r *http.Request, rt *route) {

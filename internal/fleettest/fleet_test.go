@@ -360,3 +360,16 @@ func TestTwoMachinesOfOneID(t *testing.T) {
 		t.Errorf("the first machine runs %v", list)
 	}
 }
+
+// Whoever was told that a session is created finds it, however quick he is.
+func TestCreatedIsReachable(t *testing.T) {
+	f := fleettest.New(t)
+	f.AddNode("n1")
+	for i := range 30 {
+		id := "s" + strconv.Itoa(i)
+		f.Create(id, nil)
+		if code, body := get(t, f, f.URL(id, "/x")); code != 200 {
+			t.Fatalf("%s right after its create: %d %s", id, code, body)
+		}
+	}
+}
