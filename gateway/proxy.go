@@ -202,6 +202,7 @@ func (p *proxy) rewrite(pr *httputil.ProxyRequest) {
 	out.Host = pr.In.Host // what applications check Origin against
 	// As it came: ReverseProxy would drop what Go cannot parse.
 	out.URL.RawQuery = pr.In.URL.RawQuery
+	out.Header.Del("X-Forwarded-Prefix") // ours to say, like the rest of X-Forwarded-*
 	if x.prefix != "" {
 		rest := x.rest
 		if rest == "" {
@@ -242,6 +243,9 @@ func (p *proxy) modifyResponse(resp *http.Response) error {
 			}
 		}
 	}
+	// Orders to nginx or Apache in front of us: to serve a file of theirs instead.
+	h.Del("X-Accel-Redirect")
+	h.Del("X-Sendfile")
 	// No cookies for the other sessions, and the dashboard, of the base domain.
 	cookies := h["Set-Cookie"]
 	for i, c := range cookies {
@@ -268,7 +272,12 @@ func (p *proxy) modifyResponse(resp *http.Response) error {
 func confine(h http.Header, prefix string) {
 	h.Add("Content-Security-Policy", "sandbox")
 	h.Set("X-Content-Type-Options", "nosniff")
-	for _, name := range []string{"Set-Cookie", "Clear-Site-Data", "Service-Worker-Allowed", "Strict-Transport-Security"} {
+	for _, name := range []string{
+		"Set-Cookie", "Clear-Site-Data", "Service-Worker-Allowed", "Strict-Transport-Security",
+		// These would send the addresses of all requests to the origin elsewhere,
+		// or the requests themselves.
+		"Nel", "Report-To", "Reporting-Endpoints", "Alt-Svc",
+	} {
 		h.Del(name)
 	}
 	if loc := h.Get("Location"); strings.HasPrefix(loc, "/") && !strings.HasPrefix(loc, "//") {

@@ -55,7 +55,7 @@ func TestProxyByHostAndPath(t *testing.T) {
 		{r.url("", "/v1/sessions/main/proxy"), "/", "/v1/sessions/main/proxy"},
 		{r.url("", "/v1/sessions/main/ports/3000/x/"), "/x/", "/v1/sessions/main/ports/3000"},
 	} {
-		e := decode(t, r.do(http.MethodPost, c.url, strings.NewReader("hello"), "X-Forwarded-For", "6.6.6.6", "Cookie", "a=b"))
+		e := decode(t, r.do(http.MethodPost, c.url, strings.NewReader("hello"), "X-Forwarded-For", "6.6.6.6", "X-Forwarded-Prefix", "/forged", "Cookie", "a=b"))
 		if got := e.Headers.Get("Cookie"); (got == "") != (c.prefix != "") {
 			t.Errorf("%s: cookie %q", c.url, got)
 		}
@@ -489,6 +489,9 @@ func TestSessionsStayInTheirOrigin(t *testing.T) {
 		h.Set("Access-Control-Allow-Origin", "*")
 		h.Set("Content-Type", "text/html")
 		h.Set("Content-Security-Policy", "default-src 'self'")
+		h.Set("X-Accel-Redirect", "/internal/secret")
+		h.Set("NEL", `{"report_to":"x","max_age":9,"success_fraction":1}`)
+		h.Set("Report-To", `{"group":"x"}`)
 		if req.URL.Path == "/moved" {
 			h.Set("Location", "/there")
 			w.WriteHeader(http.StatusFound)
@@ -497,6 +500,9 @@ func TestSessionsStayInTheirOrigin(t *testing.T) {
 	a := r.get(r.url("main.localhost", "/"))
 	if got := a.h.Get("Set-Cookie"); got != "a=1; Path=/; HttpOnly" {
 		t.Errorf("cookie %q", got)
+	}
+	if a.h.Get("X-Accel-Redirect") != "" {
+		t.Error("a session gives orders to the web server in front")
 	}
 	if a.h.Get("X-Frame-Options") != "SAMEORIGIN" {
 		t.Error("another session may frame OpenCode")
@@ -513,6 +519,9 @@ func TestSessionsStayInTheirOrigin(t *testing.T) {
 	a = r.get(r.url("", "/v1/sessions/main/proxy/moved"))
 	if got := a.h.Values("Content-Security-Policy"); len(got) != 2 || got[1] != "sandbox" {
 		t.Errorf("policy %q", got)
+	}
+	if a.h.Get("Nel") != "" || a.h.Get("Report-To") != "" {
+		t.Error("a session is told of the requests to the API's origin")
 	}
 	if a.h.Get("Set-Cookie") != "" || a.h.Get("Location") != "/v1/sessions/main/proxy/there" || a.h.Get("X-Content-Type-Options") != "nosniff" {
 		t.Errorf("%v", a.h)
