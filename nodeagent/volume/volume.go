@@ -146,7 +146,15 @@ func (v Volume) makeFolders() error {
 	for dir, mode := range map[string]os.FileMode{v.S3Dir: 0o755, v.ScratchDir: 0o700} {
 		err := os.Mkdir(dir, mode)
 		if errors.Is(err, fs.ErrExist) {
-			continue
+			if dir == v.ScratchDir {
+				continue
+			}
+			// One that is still the machine's root's was left by a crash between
+			// the steps below: the container could not write to it.
+			var st unix.Stat_t
+			if err = unix.Lstat(dir, &st); err == nil && st.Uid != 0 {
+				continue
+			}
 		}
 		if err == nil {
 			err = os.Chmod(dir, mode) // whatever the umask

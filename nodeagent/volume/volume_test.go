@@ -226,6 +226,24 @@ func TestHalfMade(t *testing.T) {
 	ensure(t, m, "a", 64*mib)
 }
 
+// A daemon that dies between making the workspace and giving it to the session.
+func TestWorkspaceWithoutOwner(t *testing.T) {
+	m := newManager(t)
+	v := ensure(t, m, "a", 0)
+	if err := os.Lchown(v.S3Dir, 0, 0); err != nil {
+		t.Fatal(err)
+	}
+	ensure(t, m, "a", 0) // checks the owner
+	// What the user did to it stays.
+	if err := os.Chmod(v.S3Dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	ensure(t, m, "a", 0)
+	if fi, err := os.Stat(v.S3Dir); err != nil || fi.Mode().Perm() != 0o700 {
+		t.Errorf("mode %v, %v", fi.Mode(), err)
+	}
+}
+
 func TestUnclean(t *testing.T) {
 	m := newManager(t)
 	v := ensure(t, m, "a", 64*mib)
