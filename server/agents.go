@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/cloudcode-dev/cloudcode/internal/link"
+	"github.com/cloudcode-dev/cloudcode/internal/pki"
 	linkv1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/link/v1"
 	nodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/node/v1"
 	"github.com/cloudcode-dev/cloudcode/server/fleet"
@@ -47,6 +48,7 @@ func (a *agents) Agent(_ context.Context, nodeID string) (nodev1.AgentServiceCli
 		conn, err = grpc.NewClient("passthrough:///"+nodeID,
 			// The link below is TLS with certificates on both ends.
 			grpc.WithTransportCredentials(insecure.NewCredentials()),
+			grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(pki.MaxMessage)),
 			grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
 				return a.hub.Dial(ctx, nodeID, &linkv1.Target{Kind: &linkv1.Target_Agent{Agent: &linkv1.AgentTarget{}}})
 			}))

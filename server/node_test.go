@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -51,10 +52,15 @@ type fakeNode struct {
 	conn  *grpc.ClientConn
 	id    string // of the registration
 	watch grpc.ServerStreamingClient[nodev1.WatchAssignmentsResponse]
+	line  atomic.Pointer[string] // what is in the log; nil: hello
 }
 
 func (n *fakeNode) ReadLogs(_ *nodev1.ReadLogsRequest, s grpc.ServerStreamingServer[nodev1.ReadLogsResponse]) error {
-	return s.Send(&nodev1.ReadLogsResponse{Entries: []*cloudcodev1.LogEntry{{Stream: "stdout", Line: "hello"}}})
+	line := "hello"
+	if p := n.line.Load(); p != nil {
+		line = *p
+	}
+	return s.Send(&nodev1.ReadLogsResponse{Entries: []*cloudcodev1.LogEntry{{Stream: "stdout", Line: line}}})
 }
 
 func startNode(t *testing.T, s *Server, id string) *fakeNode {
@@ -196,6 +202,16 @@ func TestOneSession(t *testing.T) {
 	}
 	if entry, err := logs.Recv(); err != nil || entry.GetLine() != "hello" {
 		t.Errorf("logs over the link: %v, %v", entry, err)
+	}
+	// One event of OpenCode may be larger than gRPC takes by itself.
+	large := strings.Repeat("x", 9<<20)
+	node.line.Store(&large)
+	logs, err = user.ReadSessionLogs(ctx, &cloudcodev1.ReadSessionLogsRequest{Name: "sessions/main"}, grpc.MaxCallRecvMsgSize(pki.MaxMessage))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if entry, err := logs.Recv(); err != nil || entry.GetLine() != large {
+		t.Errorf("a large message over the link: %d bytes, %v", len(entry.GetLine()), err)
 	}
 
 	if _, err := user.UpdateSession(ctx, &cloudcodev1.UpdateSessionRequest{Session: &cloudcodev1.Session{

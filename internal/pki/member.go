@@ -66,10 +66,16 @@ func (m *Member) ServerTLS() *tls.Config {
 	}
 }
 
+// MaxMessage bounds what members take in one message, in bytes. gRPC's own 4 MiB
+// is less than one event of OpenCode may have (8 MiB, and more once it is made
+// valid UTF-8): whoever reads events would fail at it again and again.
+const MaxMessage = 32 << 20
+
 // Dial returns a connection to the server or a gateway. It comes back by itself.
 func (m *Member) Dial(address string) (*grpc.ClientConn, error) {
 	return grpc.NewClient(address,
 		grpc.WithTransportCredentials(credentials.NewTLS(m.ClientTLS())),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(MaxMessage)),
 		// Notices a peer that vanished without a word. Listeners of ours allow 5 s.
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 20 * time.Second, Timeout: 10 * time.Second, PermitWithoutStream: true}),
 		// gRPC's own pauses grow to two minutes; sessions wait for this.
