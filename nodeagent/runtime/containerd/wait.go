@@ -93,7 +93,10 @@ func (r *Runtime) wait(ctx context.Context, session string) (runtime.Exit, error
 			return runtime.Exit{}, ctx.Err()
 		}
 	}
-	if errdefs.IsNotFound(err) {
+	switch {
+	case ctx.Err() != nil: // told on the channel as well, in gRPC's words
+		return runtime.Exit{}, ctx.Err()
+	case errdefs.IsNotFound(err):
 		return runtime.Exit{}, fmt.Errorf("%w: session %s", runtime.ErrNotFound, session)
 	}
 	return runtime.Exit{}, err
