@@ -116,11 +116,16 @@ func TestCredentialsStopAtTheGateway(t *testing.T) {
 		{r.url("3000--main.localhost", "/x?a=1"), "Basic " + token},
 		{r.url("3000--main.localhost", "/x?a=1&auth_token="+token), ""},
 	} {
-		a := r.get(c.url, "Authorization", c.auth)
-		if c.auth == "" {
-			a = r.get(c.url)
+		// As of a page that was opened with a token in its address.
+		headers := []string{"Referer", "http://main.localhost/p?auth_token=" + token + "&b=2"}
+		if c.auth != "" {
+			headers = append(headers, "Authorization", c.auth)
 		}
+		a := r.get(c.url, headers...)
 		e := decode(t, a)
+		if got := e.Headers.Get("Referer"); got != "http://main.localhost/p?b=2" {
+			t.Errorf("%s: Referer %q", c.url, got)
+		}
 		if strings.Contains(a.body, token) || strings.Contains(e.URI, "auth") || e.URI != "/x?a=1" {
 			t.Errorf("%s: the session sees %s", c.url, a.body)
 		}

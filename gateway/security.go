@@ -193,6 +193,13 @@ func (g *Gateway) guard(w http.ResponseWriter, r *http.Request, host string, d d
 			r.RequestURI = ""
 		}
 	}
+	// A page that was opened with a token has it in its address.
+	if ref, query, ok := strings.Cut(r.Header.Get("Referer"), "?"); ok && g.verify.Enabled() {
+		if token, rest := cutAuthToken(query); token != "" {
+			r = r.Clone(r.Context())
+			r.Header.Set("Referer", strings.TrimSuffix(ref+"?"+rest, "?"))
+		}
+	}
 	return r, true
 }
 
