@@ -265,7 +265,7 @@ func (a *Agent) main() {
 	if err != nil {
 		return // the daemon stops
 	}
-	conn, err := member.Dial(a.cfg.Server)
+	conn, err := member.Dial(pki.RoleServer, a.cfg.Server)
 	if err != nil {
 		a.log.Error("cannot use the server's address", "server", a.cfg.Server, "error", err)
 		return

@@ -165,7 +165,7 @@ func (a *Agent) setGateways(member *pki.Member, gateways []*nodev1.Gateway) {
 		if a.gateways[address] != nil || a.ctx.Err() != nil {
 			continue
 		}
-		conn, err := member.Dial(address)
+		conn, err := member.Dial(pki.RoleGateway, address)
 		if err != nil {
 			a.log.Error("cannot use a gateway's address", "gateway", g.GetId(), "address", address, "error", err)
 			continue

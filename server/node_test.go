@@ -38,7 +38,7 @@ func member(t *testing.T, s *Server, role pki.Role, id string) *grpc.ClientConn 
 	if err != nil {
 		t.Fatal(err)
 	}
-	conn, err := grpc.NewClient(s.Addr().String(), grpc.WithTransportCredentials(credentials.NewTLS(m.ClientTLS())))
+	conn, err := grpc.NewClient(s.Addr().String(), grpc.WithTransportCredentials(credentials.NewTLS(m.ClientTLS(pki.RoleServer))))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/cloudcode-dev/cloudcode/gateway"
+	"github.com/cloudcode-dev/cloudcode/internal/pki"
 	"github.com/cloudcode-dev/cloudcode/nodeagent"
 )
 
@@ -53,7 +54,7 @@ func (f *gatewayFlags) start(ctx context.Context, dataDir, server string, token 
 		return nil, nil, err
 	}
 	var conn *grpc.ClientConn
-	if conn, err = member.Dial(server); err != nil {
+	if conn, err = member.Dial(pki.RoleServer, server); err != nil {
 		return nil, nil, err
 	}
 	username, password := credentialsFromEnv()

@@ -18,6 +18,7 @@ import (
 	"google.golang.org/protobuf/types/known/fieldmaskpb"
 
 	"github.com/cloudcode-dev/cloudcode/internal/fleettest"
+	"github.com/cloudcode-dev/cloudcode/internal/pki"
 	cloudcodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/v1"
 )
 
@@ -371,5 +372,17 @@ func TestCreatedIsReachable(t *testing.T) {
 		if code, body := get(t, f, f.URL(id, "/x")); code != 200 {
 			t.Fatalf("%s right after its create: %d %s", id, code, body)
 		}
+	}
+}
+
+// A gateway's certificate serves links; it must not pass for the server, which
+// nodes show their join token to.
+func TestAGatewayIsNoServer(t *testing.T) {
+	f := fleettest.New(t)
+	if err := f.DialGatewayAs(pki.RoleGateway); status.Code(err) != codes.Unimplemented {
+		t.Errorf("as a gateway: %v, want that it is reached and has no such service", err)
+	}
+	if err := f.DialGatewayAs(pki.RoleServer); status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "not of a server") {
+		t.Errorf("as a server: %v", err)
 	}
 }

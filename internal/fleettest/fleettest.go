@@ -135,13 +135,32 @@ func (f *Fleet) StartGateway() {
 		Identity: pki.Identity{Role: pki.RoleGateway, ID: "gw"},
 	})
 	f.must(err)
-	f.gateConn, err = grpc.NewClient(f.grpcListen, grpc.WithTransportCredentials(credentials.NewTLS(member.ClientTLS())))
+	f.gateConn, err = grpc.NewClient(f.grpcListen, grpc.WithTransportCredentials(credentials.NewTLS(member.ClientTLS(pki.RoleServer))))
 	f.must(err)
 	f.Gateway, err = gateway.New(gateway.Config{
 		Listen: "127.0.0.1:0", LinkTLS: member.ServerTLS(), ServerConn: f.gateConn, Logger: f.log.With("process", "gateway"),
 	})
 	f.must(err)
 	f.must(f.Gateway.Start(f.t.Context()))
+}
+
+// DialGatewayAs calls the server's API on the gateway's link listener, taking it
+// for a peer of that role.
+func (f *Fleet) DialGatewayAs(role pki.Role) error {
+	f.t.Helper()
+	token, err := f.token()
+	f.must(err)
+	member, err := pki.Join(f.t.Context(), pki.JoinOptions{
+		Server: f.grpcListen, Token: token, Dir: f.t.TempDir(), Identity: pki.Identity{Role: pki.RoleNode, ID: "visitor"},
+	})
+	f.must(err)
+	conn, err := member.Dial(role, f.Gateway.LinkAddr())
+	f.must(err)
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(f.t.Context(), Wait)
+	defer cancel()
+	_, err = cloudcodev1.NewNodeServiceClient(conn).ListNodes(ctx, &cloudcodev1.ListNodesRequest{})
+	return err
 }
 
 // StopGateway stops the gateway; starting it again is a restart.

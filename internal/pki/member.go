@@ -41,9 +41,9 @@ func (m *Member) pool() *x509.CertPool {
 	return pool
 }
 
-// ClientTLS is for dialling the server and gateways. Each new connection shows the
-// newest certificate.
-func (m *Member) ClientTLS() *tls.Config {
+// ClientTLS is for dialling a peer of a role: a gateway's certificate serves, too,
+// but does not make a server. Each new connection shows the newest certificate.
+func (m *Member) ClientTLS(peer Role) *tls.Config {
 	return &tls.Config{
 		MinVersion: tls.VersionTLS13,
 		ServerName: ServerName,
@@ -51,7 +51,17 @@ func (m *Member) ClientTLS() *tls.Config {
 		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
 			return m.pair.Load(), nil
 		},
+		VerifyConnection: func(state tls.ConnectionState) error {
+			return expectRole(state.PeerCertificates[0], peer)
+		},
 	}
+}
+
+func expectRole(cert *x509.Certificate, want Role) error {
+	if id, ok := FromCertificate(cert); !ok || id.Role != want {
+		return fmt.Errorf("the peer's certificate is of %q, not of a %s", id, want)
+	}
+	return nil
 }
 
 // ServerTLS is for a listener that members dial: it demands their certificate.
@@ -71,10 +81,11 @@ func (m *Member) ServerTLS() *tls.Config {
 // valid UTF-8): whoever reads events would fail at it again and again.
 const MaxMessage = 32 << 20
 
-// Dial returns a connection to the server or a gateway. It comes back by itself.
-func (m *Member) Dial(address string) (*grpc.ClientConn, error) {
+// Dial returns a connection to the server or to a gateway, as role says. It comes
+// back by itself.
+func (m *Member) Dial(role Role, address string) (*grpc.ClientConn, error) {
 	return grpc.NewClient(address,
-		grpc.WithTransportCredentials(credentials.NewTLS(m.ClientTLS())),
+		grpc.WithTransportCredentials(credentials.NewTLS(m.ClientTLS(role))),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(MaxMessage)),
 		// Notices a peer that vanished without a word. Listeners of ours allow 5 s.
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 20 * time.Second, Timeout: 10 * time.Second, PermitWithoutStream: true}),
@@ -261,8 +272,10 @@ func pinned(digest []byte) *tls.Config {
 				}
 				roots := x509.NewCertPool()
 				roots.AddCert(cert)
-				_, err := state.PeerCertificates[0].Verify(x509.VerifyOptions{Roots: roots, DNSName: ServerName})
-				return err
+				if _, err := state.PeerCertificates[0].Verify(x509.VerifyOptions{Roots: roots, DNSName: ServerName}); err != nil {
+					return err
+				}
+				return expectRole(state.PeerCertificates[0], RoleServer)
 			}
 			return errors.New("the server's certificate is not of the fleet that the join token names")
 		},

@@ -60,7 +60,7 @@ func TestRenew(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	client, server := m.ClientTLS(), m.ServerTLS() // made before it is renewed
+	client, server := m.ClientTLS(pki.RoleGateway), m.ServerTLS() // made before it is renewed
 	ends := func() (time.Time, time.Time) {
 		c, err := client.GetClientCertificate(nil)
 		if err != nil {
