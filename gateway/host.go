@@ -6,10 +6,12 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+
+	"github.com/cloudcode-dev/cloudcode/internal/container"
 )
 
 // openCodePort is where OpenCode listens in every session's container.
-const openCodePort = 2633
+const openCodePort = container.OpenCodePort
 
 // destination is what a request is for: the gateway itself (no session), or a
 // port of a session.

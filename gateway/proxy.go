@@ -16,6 +16,7 @@ import (
 
 	cloudcodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/v1"
 
+	"github.com/cloudcode-dev/cloudcode/internal/container"
 	"github.com/cloudcode-dev/cloudcode/internal/link"
 )
 
@@ -220,7 +221,7 @@ func (p *proxy) rewrite(pr *httputil.ProxyRequest) {
 		out.Header.Set("X-Forwarded-Proto", "https")
 	}
 	if x.d.port == openCodePort { // guard has taken the user's own out
-		out.SetBasicAuth("opencode", x.route.password)
+		out.SetBasicAuth(container.OpenCodeUser, x.route.password)
 	}
 	if _, ok := out.Header["User-Agent"]; !ok {
 		out.Header.Set("User-Agent", "") // do not put Go's in

@@ -12,6 +12,8 @@ import (
 	"fmt"
 	"io/fs"
 	"strconv"
+
+	"github.com/cloudcode-dev/cloudcode/internal/container"
 )
 
 // Versions of what is pinned. They repeat package.json so that DefaultRef can be a constant;
@@ -28,16 +30,16 @@ const (
 const DefaultRef = "localhost/cloudcode/session:" + OpenCodeVersion
 
 // OpenCodePort is where OpenCode listens inside a container unless PORT says otherwise.
-const OpenCodePort = 2633
+const OpenCodePort = container.OpenCodePort
 
 // OpenCodeUser is the user name that OpenCode's own server password goes with.
-const OpenCodeUser = "opencode"
+const OpenCodeUser = container.OpenCodeUser
 
 // Paths inside a container. Only what is below Root outlives it.
 const (
-	Root       = "/root/s3"
-	Workspace  = Root + "/workspace"
-	ProjectDir = Workspace + "/project" // OpenCode's working directory
+	Root       = container.StorageDir
+	Workspace  = container.WorkspaceDir
+	ProjectDir = container.ProjectDir // OpenCode's working directory
 	ConfigHome = Root + "/.opencode/config"
 	DataHome   = Root + "/.opencode/data"
 	StateHome  = Root + "/.opencode/state"

@@ -16,6 +16,7 @@ import (
 	"github.com/cloudcode-dev/cloudcode/nodeagent/ring"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/runtime"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/runtime/containerd/logger"
+	"github.com/cloudcode-dev/cloudcode/nodeagent/worker"
 	linkv1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/link/v1"
 	nodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/node/v1"
 	cloudcodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/v1"
@@ -58,15 +59,8 @@ func (s *service) WatchEvents(req *nodev1.WatchEventsRequest, stream grpc.Server
 		return err
 	}
 	// The stream ends with the session on this node.
-	ctx, cancel := context.WithCancel(ctx)
+	ctx, cancel := whileHere(ctx, w)
 	defer cancel()
-	go func() { // ends with ctx, which ends when we return
-		select {
-		case <-w.Done():
-			cancel()
-		case <-ctx.Done():
-		}
-	}()
 	for next := p.First; ; {
 		batch, lost, err := events.Read(ctx, next, eventBatch)
 		if err != nil {
@@ -111,15 +105,8 @@ func (s *service) ReadLogs(req *nodev1.ReadLogsRequest, stream grpc.ServerStream
 	}
 	// Following ends with the session on this node: what comes later in this
 	// folder is of another session.
-	ctx, cancel := context.WithCancel(stream.Context())
+	ctx, cancel := whileHere(stream.Context(), w)
 	defer cancel()
-	go func() { // ends with ctx, which ends when we return
-		select {
-		case <-w.Done():
-			cancel()
-		case <-ctx.Done():
-		}
-	}()
 	var batch []*cloudcodev1.LogEntry
 	size := 0
 	flush := func() error {
@@ -147,6 +134,20 @@ func (s *service) ReadLogs(req *nodev1.ReadLogsRequest, stream grpc.ServerStream
 		}
 	}
 	return flush()
+}
+
+// whileHere returns a context that ends with the session on this node, too. The
+// caller cancels it when it returns.
+func whileHere(ctx context.Context, w *worker.Worker) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(ctx)
+	go func() { // ends with ctx
+		select {
+		case <-w.Done():
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, cancel
 }
 
 // dialTarget is what the link asks for.

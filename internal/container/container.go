@@ -11,8 +11,9 @@ const (
 
 // Folders inside the container, as in the original project.
 const (
-	StorageDir = "/root/s3"                   // everything that is kept
-	ProjectDir = "/root/s3/workspace/project" // where OpenCode works
+	StorageDir   = "/root/s3" // everything that is kept
+	WorkspaceDir = StorageDir + "/workspace"
+	ProjectDir   = WorkspaceDir + "/project" // where OpenCode works
 )
 
 // Environment variables that Cloud Code sets.

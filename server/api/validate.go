@@ -12,6 +12,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/uuid"
 
+	"github.com/cloudcode-dev/cloudcode/internal/container"
 	"github.com/cloudcode-dev/cloudcode/server/fleet"
 )
 
@@ -39,7 +40,7 @@ var (
 	labelName        = regexp.MustCompile(`^[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$`)
 	labelPrefix      = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`)
 	envName          = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
-	reservedEnv      = []string{"HOME", "HOSTNAME", "PORT", "OPENCODE_HOSTNAME", "OPENCODE_PORT", "OPENCODE_SERVER_PASSWORD", "OPENCODE_SERVER_USERNAME", "OPENCODE_CONFIG_CONTENT", "OPENCODE_DB"}
+	reservedEnv      = []string{"HOME", "HOSTNAME", "PORT", "OPENCODE_HOSTNAME", "OPENCODE_PORT", container.EnvPassword, "OPENCODE_SERVER_USERNAME", container.EnvConfig, "OPENCODE_DB"}
 	reservedPrefixes = []string{"XDG_", "CLOUDCODE_"}
 )
 
