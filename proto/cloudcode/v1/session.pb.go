@@ -43,6 +43,10 @@ const (
 	Session_LOST Session_State = 8
 	// Being removed.
 	Session_DELETING Session_State = 9
+	// Being saved before its container ends.
+	Session_SUSPENDING Session_State = 5
+	// No container; it starts again when it is resumed.
+	Session_SUSPENDED Session_State = 6
 )
 
 // Enum value maps for Session_State.
@@ -55,6 +59,8 @@ var (
 		7: "FAILED",
 		8: "LOST",
 		9: "DELETING",
+		5: "SUSPENDING",
+		6: "SUSPENDED",
 	}
 	Session_State_value = map[string]int32{
 		"STATE_UNSPECIFIED": 0,
@@ -64,6 +70,8 @@ var (
 		"FAILED":            7,
 		"LOST":              8,
 		"DELETING":          9,
+		"SUSPENDING":        5,
+		"SUSPENDED":         6,
 	}
 )
 
@@ -92,6 +100,123 @@ func (x Session_State) Number() protoreflect.EnumNumber {
 // Deprecated: Use Session_State.Descriptor instead.
 func (Session_State) EnumDescriptor() ([]byte, []int) {
 	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{0, 0}
+}
+
+type Storage_Mode int32
+
+const (
+	Storage_MODE_UNSPECIFIED Storage_Mode = 0
+	// MOUNT on Tigris and for a folder that the original project wrote; SNAPSHOT
+	// on all other object storage; LOCAL where none is configured.
+	Storage_AUTO Storage_Mode = 1
+	// Files stay on the disk of one node, and are lost with it.
+	Storage_LOCAL Storage_Mode = 2
+	// /root/s3 is the folder in the bucket: each file an object that other
+	// programs see at once. OpenCode's data is on the node, and checkpointed.
+	Storage_MOUNT Storage_Mode = 3
+	// /root/s3 is on the node's disk, with all that a file system can do, and
+	// checkpointed. The folder in the bucket appears at /root/s3/bucket.
+	Storage_SNAPSHOT Storage_Mode = 4
+)
+
+// Enum value maps for Storage_Mode.
+var (
+	Storage_Mode_name = map[int32]string{
+		0: "MODE_UNSPECIFIED",
+		1: "AUTO",
+		2: "LOCAL",
+		3: "MOUNT",
+		4: "SNAPSHOT",
+	}
+	Storage_Mode_value = map[string]int32{
+		"MODE_UNSPECIFIED": 0,
+		"AUTO":             1,
+		"LOCAL":            2,
+		"MOUNT":            3,
+		"SNAPSHOT":         4,
+	}
+)
+
+func (x Storage_Mode) Enum() *Storage_Mode {
+	p := new(Storage_Mode)
+	*p = x
+	return p
+}
+
+func (x Storage_Mode) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Storage_Mode) Descriptor() protoreflect.EnumDescriptor {
+	return file_cloudcode_v1_session_proto_enumTypes[1].Descriptor()
+}
+
+func (Storage_Mode) Type() protoreflect.EnumType {
+	return &file_cloudcode_v1_session_proto_enumTypes[1]
+}
+
+func (x Storage_Mode) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Storage_Mode.Descriptor instead.
+func (Storage_Mode) EnumDescriptor() ([]byte, []int) {
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{2, 0}
+}
+
+type StorageStatus_MountState int32
+
+const (
+	StorageStatus_MOUNT_STATE_UNSPECIFIED StorageStatus_MountState = 0
+	// Answers.
+	StorageStatus_MOUNTED StorageStatus_MountState = 1
+	// Did not answer; being mounted anew.
+	StorageStatus_REMOUNTING StorageStatus_MountState = 2
+	// Cannot be mounted; tried again with growing pauses.
+	StorageStatus_MOUNT_FAILED StorageStatus_MountState = 3
+)
+
+// Enum value maps for StorageStatus_MountState.
+var (
+	StorageStatus_MountState_name = map[int32]string{
+		0: "MOUNT_STATE_UNSPECIFIED",
+		1: "MOUNTED",
+		2: "REMOUNTING",
+		3: "MOUNT_FAILED",
+	}
+	StorageStatus_MountState_value = map[string]int32{
+		"MOUNT_STATE_UNSPECIFIED": 0,
+		"MOUNTED":                 1,
+		"REMOUNTING":              2,
+		"MOUNT_FAILED":            3,
+	}
+)
+
+func (x StorageStatus_MountState) Enum() *StorageStatus_MountState {
+	p := new(StorageStatus_MountState)
+	*p = x
+	return p
+}
+
+func (x StorageStatus_MountState) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (StorageStatus_MountState) Descriptor() protoreflect.EnumDescriptor {
+	return file_cloudcode_v1_session_proto_enumTypes[2].Descriptor()
+}
+
+func (StorageStatus_MountState) Type() protoreflect.EnumType {
+	return &file_cloudcode_v1_session_proto_enumTypes[2]
+}
+
+func (x StorageStatus_MountState) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use StorageStatus_MountState.Descriptor instead.
+func (StorageStatus_MountState) EnumDescriptor() ([]byte, []int) {
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{4, 0}
 }
 
 // Session is one OpenCode server in one container with one workspace. What
@@ -129,7 +254,9 @@ type Session struct {
 	ReadyTime       *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=ready_time,json=readyTime,proto3" json:"ready_time,omitempty"`
 	OpencodeVersion string                 `protobuf:"bytes,16,opt,name=opencode_version,json=opencodeVersion,proto3" json:"opencode_version,omitempty"`
 	// Where a browser finds the session's OpenCode; empty while no gateway is known.
-	WebUri        string `protobuf:"bytes,17,opt,name=web_uri,json=webUri,proto3" json:"web_uri,omitempty"`
+	WebUri string `protobuf:"bytes,17,opt,name=web_uri,json=webUri,proto3" json:"web_uri,omitempty"`
+	// Where the session's files are kept, and how far they are saved.
+	Storage       *StorageStatus `protobuf:"bytes,18,opt,name=storage,proto3" json:"storage,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -283,6 +410,13 @@ func (x *Session) GetWebUri() string {
 	return ""
 }
 
+func (x *Session) GetStorage() *StorageStatus {
+	if x != nil {
+		return x.Storage
+	}
+	return nil
+}
+
 // SessionSpec is what a user asks for.
 type SessionSpec struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -295,7 +429,11 @@ type SessionSpec struct {
 	OpencodeConfig string     `protobuf:"bytes,3,opt,name=opencode_config,json=opencodeConfig,proto3" json:"opencode_config,omitempty"`
 	Resources      *Resources `protobuf:"bytes,4,opt,name=resources,proto3" json:"resources,omitempty"`
 	// Labels that the node must have.
-	NodeSelector  map[string]string `protobuf:"bytes,5,rep,name=node_selector,json=nodeSelector,proto3" json:"node_selector,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	NodeSelector map[string]string `protobuf:"bytes,5,rep,name=node_selector,json=nodeSelector,proto3" json:"node_selector,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// Where files and chats are kept. Unset: the server's default, which is its own
+	// object storage if it has one. Cannot be changed after the create, but for
+	// the keys in s3.
+	Storage       *Storage `protobuf:"bytes,6,opt,name=storage,proto3" json:"storage,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -365,6 +503,432 @@ func (x *SessionSpec) GetNodeSelector() map[string]string {
 	return nil
 }
 
+func (x *SessionSpec) GetStorage() *Storage {
+	if x != nil {
+		return x.Storage
+	}
+	return nil
+}
+
+// Storage says where a session's files and chats are kept.
+type Storage struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Mode  Storage_Mode           `protobuf:"varint,1,opt,name=mode,proto3,enum=cloudcode.v1.Storage_Mode" json:"mode,omitempty"`
+	// Name of one of the server's storage profiles. Empty: the server's default.
+	Profile string `protobuf:"bytes,2,opt,name=profile,proto3" json:"profile,omitempty"`
+	// Folder of this session in the bucket, relative to the prefix of the profile
+	// or of s3, without slashes at its ends. Unset: the session's id. Empty: all of
+	// it, as the original project has it. A folder that holds checkpoints, or
+	// what the original project wrote, is gone on with. Two sessions cannot have
+	// the same folder, or one inside the other's.
+	Prefix *string `protobuf:"bytes,3,opt,name=prefix,proto3,oneof" json:"prefix,omitempty"`
+	// Object storage of this session's own, instead of a profile.
+	S3            *S3Storage `protobuf:"bytes,4,opt,name=s3,proto3" json:"s3,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Storage) Reset() {
+	*x = Storage{}
+	mi := &file_cloudcode_v1_session_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Storage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Storage) ProtoMessage() {}
+
+func (x *Storage) ProtoReflect() protoreflect.Message {
+	mi := &file_cloudcode_v1_session_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Storage.ProtoReflect.Descriptor instead.
+func (*Storage) Descriptor() ([]byte, []int) {
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Storage) GetMode() Storage_Mode {
+	if x != nil {
+		return x.Mode
+	}
+	return Storage_MODE_UNSPECIFIED
+}
+
+func (x *Storage) GetProfile() string {
+	if x != nil {
+		return x.Profile
+	}
+	return ""
+}
+
+func (x *Storage) GetPrefix() string {
+	if x != nil && x.Prefix != nil {
+		return *x.Prefix
+	}
+	return ""
+}
+
+func (x *Storage) GetS3() *S3Storage {
+	if x != nil {
+		return x.S3
+	}
+	return nil
+}
+
+// S3Storage is a bucket of an S3-compatible object store.
+type S3Storage struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// For example https://fly.storage.tigris.dev.
+	Endpoint    string `protobuf:"bytes,1,opt,name=endpoint,proto3" json:"endpoint,omitempty"`
+	Bucket      string `protobuf:"bytes,2,opt,name=bucket,proto3" json:"bucket,omitempty"`
+	AccessKeyId string `protobuf:"bytes,3,opt,name=access_key_id,json=accessKeyId,proto3" json:"access_key_id,omitempty"`
+	// Never shown.
+	SecretAccessKey string `protobuf:"bytes,4,opt,name=secret_access_key,json=secretAccessKey,proto3" json:"secret_access_key,omitempty"`
+	// Empty: `auto`, which asks the object store.
+	Region string `protobuf:"bytes,5,opt,name=region,proto3" json:"region,omitempty"`
+	// The bucket is part of the path and not of the host name.
+	PathStyle bool `protobuf:"varint,6,opt,name=path_style,json=pathStyle,proto3" json:"path_style,omitempty"`
+	// Everything in the bucket is below this.
+	Prefix string `protobuf:"bytes,7,opt,name=prefix,proto3" json:"prefix,omitempty"`
+	// Further arguments of TigrisFS, as a shell would read them.
+	TigrisfsArgs  string `protobuf:"bytes,8,opt,name=tigrisfs_args,json=tigrisfsArgs,proto3" json:"tigrisfs_args,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *S3Storage) Reset() {
+	*x = S3Storage{}
+	mi := &file_cloudcode_v1_session_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *S3Storage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*S3Storage) ProtoMessage() {}
+
+func (x *S3Storage) ProtoReflect() protoreflect.Message {
+	mi := &file_cloudcode_v1_session_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use S3Storage.ProtoReflect.Descriptor instead.
+func (*S3Storage) Descriptor() ([]byte, []int) {
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *S3Storage) GetEndpoint() string {
+	if x != nil {
+		return x.Endpoint
+	}
+	return ""
+}
+
+func (x *S3Storage) GetBucket() string {
+	if x != nil {
+		return x.Bucket
+	}
+	return ""
+}
+
+func (x *S3Storage) GetAccessKeyId() string {
+	if x != nil {
+		return x.AccessKeyId
+	}
+	return ""
+}
+
+func (x *S3Storage) GetSecretAccessKey() string {
+	if x != nil {
+		return x.SecretAccessKey
+	}
+	return ""
+}
+
+func (x *S3Storage) GetRegion() string {
+	if x != nil {
+		return x.Region
+	}
+	return ""
+}
+
+func (x *S3Storage) GetPathStyle() bool {
+	if x != nil {
+		return x.PathStyle
+	}
+	return false
+}
+
+func (x *S3Storage) GetPrefix() string {
+	if x != nil {
+		return x.Prefix
+	}
+	return ""
+}
+
+func (x *S3Storage) GetTigrisfsArgs() string {
+	if x != nil {
+		return x.TigrisfsArgs
+	}
+	return ""
+}
+
+// StorageStatus says where a session's files are, and how far they are saved.
+type StorageStatus struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Never AUTO.
+	Mode Storage_Mode `protobuf:"varint,1,opt,name=mode,proto3,enum=cloudcode.v1.Storage_Mode" json:"mode,omitempty"`
+	// Whether the session survives the loss of its node.
+	Persistent bool `protobuf:"varint,2,opt,name=persistent,proto3" json:"persistent,omitempty"`
+	// For example s3://bucket/prefix/main; empty for LOCAL.
+	Uri string `protobuf:"bytes,3,opt,name=uri,proto3" json:"uri,omitempty"`
+	// The newest checkpoint, without what only ListCheckpoints knows; unset if there is none.
+	Checkpoint *Checkpoint `protobuf:"bytes,4,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
+	// Since when there are changes that could not be saved, because the object
+	// storage fails; unset while saving works.
+	UnsavedSince *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=unsaved_since,json=unsavedSince,proto3" json:"unsaved_since,omitempty"`
+	// What is wrong with saving or with the mount, and what to do; empty if nothing is.
+	Message    string                   `protobuf:"bytes,6,opt,name=message,proto3" json:"message,omitempty"`
+	MountState StorageStatus_MountState `protobuf:"varint,7,opt,name=mount_state,json=mountState,proto3,enum=cloudcode.v1.StorageStatus_MountState" json:"mount_state,omitempty"`
+	// What mounts the bucket: `tigrisfs` or `rclone`; empty if nothing does.
+	Mounter       string `protobuf:"bytes,8,opt,name=mounter,proto3" json:"mounter,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StorageStatus) Reset() {
+	*x = StorageStatus{}
+	mi := &file_cloudcode_v1_session_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StorageStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StorageStatus) ProtoMessage() {}
+
+func (x *StorageStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_cloudcode_v1_session_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StorageStatus.ProtoReflect.Descriptor instead.
+func (*StorageStatus) Descriptor() ([]byte, []int) {
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *StorageStatus) GetMode() Storage_Mode {
+	if x != nil {
+		return x.Mode
+	}
+	return Storage_MODE_UNSPECIFIED
+}
+
+func (x *StorageStatus) GetPersistent() bool {
+	if x != nil {
+		return x.Persistent
+	}
+	return false
+}
+
+func (x *StorageStatus) GetUri() string {
+	if x != nil {
+		return x.Uri
+	}
+	return ""
+}
+
+func (x *StorageStatus) GetCheckpoint() *Checkpoint {
+	if x != nil {
+		return x.Checkpoint
+	}
+	return nil
+}
+
+func (x *StorageStatus) GetUnsavedSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.UnsavedSince
+	}
+	return nil
+}
+
+func (x *StorageStatus) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
+func (x *StorageStatus) GetMountState() StorageStatus_MountState {
+	if x != nil {
+		return x.MountState
+	}
+	return StorageStatus_MOUNT_STATE_UNSPECIFIED
+}
+
+func (x *StorageStatus) GetMounter() string {
+	if x != nil {
+		return x.Mounter
+	}
+	return ""
+}
+
+// Checkpoint is one consistent point of a session's files and chats, in object
+// storage.
+type Checkpoint struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Opaque, ordered by time, and unique.
+	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// The moment that it holds.
+	CreateTime *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
+	// Why it was made: `turn` (a chat's turn has ended), `busy`, `change`, `suspend`,
+	// `stop`, `manual`, `restore`, `fork`, `start`.
+	Trigger string `protobuf:"bytes,3,opt,name=trigger,proto3" json:"trigger,omitempty"`
+	// Regular files, and their bytes together.
+	Files int64 `protobuf:"varint,4,opt,name=files,proto3" json:"files,omitempty"`
+	Bytes int64 `protobuf:"varint,5,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	// What had to be sent for it.
+	UploadedBytes   int64  `protobuf:"varint,6,opt,name=uploaded_bytes,json=uploadedBytes,proto3" json:"uploaded_bytes,omitempty"`
+	OpencodeVersion string `protobuf:"bytes,7,opt,name=opencode_version,json=opencodeVersion,proto3" json:"opencode_version,omitempty"`
+	Generation      int64  `protobuf:"varint,8,opt,name=generation,proto3" json:"generation,omitempty"`
+	// Node that made it, `nodes/{id}`.
+	Node string `protobuf:"bytes,9,opt,name=node,proto3" json:"node,omitempty"`
+	// What could not be saved exactly, for a person: sockets that were left out,
+	// files that changed while they were read.
+	Notes         []string `protobuf:"bytes,10,rep,name=notes,proto3" json:"notes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Checkpoint) Reset() {
+	*x = Checkpoint{}
+	mi := &file_cloudcode_v1_session_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Checkpoint) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Checkpoint) ProtoMessage() {}
+
+func (x *Checkpoint) ProtoReflect() protoreflect.Message {
+	mi := &file_cloudcode_v1_session_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Checkpoint.ProtoReflect.Descriptor instead.
+func (*Checkpoint) Descriptor() ([]byte, []int) {
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *Checkpoint) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Checkpoint) GetCreateTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CreateTime
+	}
+	return nil
+}
+
+func (x *Checkpoint) GetTrigger() string {
+	if x != nil {
+		return x.Trigger
+	}
+	return ""
+}
+
+func (x *Checkpoint) GetFiles() int64 {
+	if x != nil {
+		return x.Files
+	}
+	return 0
+}
+
+func (x *Checkpoint) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *Checkpoint) GetUploadedBytes() int64 {
+	if x != nil {
+		return x.UploadedBytes
+	}
+	return 0
+}
+
+func (x *Checkpoint) GetOpencodeVersion() string {
+	if x != nil {
+		return x.OpencodeVersion
+	}
+	return ""
+}
+
+func (x *Checkpoint) GetGeneration() int64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+func (x *Checkpoint) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *Checkpoint) GetNotes() []string {
+	if x != nil {
+		return x.Notes
+	}
+	return nil
+}
+
 // Resources limits a session. Zero means the server's default, which may be no limit.
 type Resources struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -383,7 +947,7 @@ type Resources struct {
 
 func (x *Resources) Reset() {
 	*x = Resources{}
-	mi := &file_cloudcode_v1_session_proto_msgTypes[2]
+	mi := &file_cloudcode_v1_session_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -395,7 +959,7 @@ func (x *Resources) String() string {
 func (*Resources) ProtoMessage() {}
 
 func (x *Resources) ProtoReflect() protoreflect.Message {
-	mi := &file_cloudcode_v1_session_proto_msgTypes[2]
+	mi := &file_cloudcode_v1_session_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -408,7 +972,7 @@ func (x *Resources) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Resources.ProtoReflect.Descriptor instead.
 func (*Resources) Descriptor() ([]byte, []int) {
-	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{2}
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Resources) GetCpuMillis() int64 {
@@ -442,7 +1006,8 @@ func (x *Resources) GetDiskBytes() int64 {
 // StartProgress says how far a start has come.
 type StartProgress struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// One of `placed`, `image`, `container`, `opencode`.
+	// One of `placed`, `restore`, `mount`, `image`, `container`, `opencode`; `checkpoint`
+	// while a session is being suspended.
 	Phase string `protobuf:"bytes,1,opt,name=phase,proto3" json:"phase,omitempty"`
 	// One line for a person.
 	Detail string `protobuf:"bytes,2,opt,name=detail,proto3" json:"detail,omitempty"`
@@ -455,7 +1020,7 @@ type StartProgress struct {
 
 func (x *StartProgress) Reset() {
 	*x = StartProgress{}
-	mi := &file_cloudcode_v1_session_proto_msgTypes[3]
+	mi := &file_cloudcode_v1_session_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -467,7 +1032,7 @@ func (x *StartProgress) String() string {
 func (*StartProgress) ProtoMessage() {}
 
 func (x *StartProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_cloudcode_v1_session_proto_msgTypes[3]
+	mi := &file_cloudcode_v1_session_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -480,7 +1045,7 @@ func (x *StartProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartProgress.ProtoReflect.Descriptor instead.
 func (*StartProgress) Descriptor() ([]byte, []int) {
-	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{3}
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *StartProgress) GetPhase() string {
@@ -525,7 +1090,7 @@ type CreateSessionRequest struct {
 
 func (x *CreateSessionRequest) Reset() {
 	*x = CreateSessionRequest{}
-	mi := &file_cloudcode_v1_session_proto_msgTypes[4]
+	mi := &file_cloudcode_v1_session_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -537,7 +1102,7 @@ func (x *CreateSessionRequest) String() string {
 func (*CreateSessionRequest) ProtoMessage() {}
 
 func (x *CreateSessionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_cloudcode_v1_session_proto_msgTypes[4]
+	mi := &file_cloudcode_v1_session_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -550,7 +1115,7 @@ func (x *CreateSessionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSessionRequest.ProtoReflect.Descriptor instead.
 func (*CreateSessionRequest) Descriptor() ([]byte, []int) {
-	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{4}
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *CreateSessionRequest) GetSessionId() string {
@@ -583,7 +1148,7 @@ type GetSessionRequest struct {
 
 func (x *GetSessionRequest) Reset() {
 	*x = GetSessionRequest{}
-	mi := &file_cloudcode_v1_session_proto_msgTypes[5]
+	mi := &file_cloudcode_v1_session_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -595,7 +1160,7 @@ func (x *GetSessionRequest) String() string {
 func (*GetSessionRequest) ProtoMessage() {}
 
 func (x *GetSessionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_cloudcode_v1_session_proto_msgTypes[5]
+	mi := &file_cloudcode_v1_session_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -608,7 +1173,7 @@ func (x *GetSessionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSessionRequest.ProtoReflect.Descriptor instead.
 func (*GetSessionRequest) Descriptor() ([]byte, []int) {
-	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{5}
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *GetSessionRequest) GetName() string {
@@ -633,7 +1198,7 @@ type ListSessionsRequest struct {
 
 func (x *ListSessionsRequest) Reset() {
 	*x = ListSessionsRequest{}
-	mi := &file_cloudcode_v1_session_proto_msgTypes[6]
+	mi := &file_cloudcode_v1_session_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -645,7 +1210,7 @@ func (x *ListSessionsRequest) String() string {
 func (*ListSessionsRequest) ProtoMessage() {}
 
 func (x *ListSessionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_cloudcode_v1_session_proto_msgTypes[6]
+	mi := &file_cloudcode_v1_session_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -658,7 +1223,7 @@ func (x *ListSessionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSessionsRequest.ProtoReflect.Descriptor instead.
 func (*ListSessionsRequest) Descriptor() ([]byte, []int) {
-	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{6}
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ListSessionsRequest) GetPageSize() int32 {
@@ -693,7 +1258,7 @@ type ListSessionsResponse struct {
 
 func (x *ListSessionsResponse) Reset() {
 	*x = ListSessionsResponse{}
-	mi := &file_cloudcode_v1_session_proto_msgTypes[7]
+	mi := &file_cloudcode_v1_session_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -705,7 +1270,7 @@ func (x *ListSessionsResponse) String() string {
 func (*ListSessionsResponse) ProtoMessage() {}
 
 func (x *ListSessionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_cloudcode_v1_session_proto_msgTypes[7]
+	mi := &file_cloudcode_v1_session_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -718,7 +1283,7 @@ func (x *ListSessionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSessionsResponse.ProtoReflect.Descriptor instead.
 func (*ListSessionsResponse) Descriptor() ([]byte, []int) {
-	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{7}
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ListSessionsResponse) GetSessions() []*Session {
@@ -747,7 +1312,7 @@ type UpdateSessionRequest struct {
 
 func (x *UpdateSessionRequest) Reset() {
 	*x = UpdateSessionRequest{}
-	mi := &file_cloudcode_v1_session_proto_msgTypes[8]
+	mi := &file_cloudcode_v1_session_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -759,7 +1324,7 @@ func (x *UpdateSessionRequest) String() string {
 func (*UpdateSessionRequest) ProtoMessage() {}
 
 func (x *UpdateSessionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_cloudcode_v1_session_proto_msgTypes[8]
+	mi := &file_cloudcode_v1_session_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -772,7 +1337,7 @@ func (x *UpdateSessionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateSessionRequest.ProtoReflect.Descriptor instead.
 func (*UpdateSessionRequest) Descriptor() ([]byte, []int) {
-	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{8}
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *UpdateSessionRequest) GetSession() *Session {
@@ -794,14 +1359,17 @@ type DeleteSessionRequest struct {
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	Etag  string                 `protobuf:"bytes,2,opt,name=etag,proto3" json:"etag,omitempty"`
 	// A session that does not exist is no error.
-	AllowMissing  bool `protobuf:"varint,3,opt,name=allow_missing,json=allowMissing,proto3" json:"allow_missing,omitempty"`
+	AllowMissing bool `protobuf:"varint,3,opt,name=allow_missing,json=allowMissing,proto3" json:"allow_missing,omitempty"`
+	// Delete the session's folder in the bucket and its checkpoints, too. What
+	// forks of it share with it stays with them.
+	PurgeStorage  bool `protobuf:"varint,4,opt,name=purge_storage,json=purgeStorage,proto3" json:"purge_storage,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *DeleteSessionRequest) Reset() {
 	*x = DeleteSessionRequest{}
-	mi := &file_cloudcode_v1_session_proto_msgTypes[9]
+	mi := &file_cloudcode_v1_session_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -813,7 +1381,7 @@ func (x *DeleteSessionRequest) String() string {
 func (*DeleteSessionRequest) ProtoMessage() {}
 
 func (x *DeleteSessionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_cloudcode_v1_session_proto_msgTypes[9]
+	mi := &file_cloudcode_v1_session_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -826,7 +1394,7 @@ func (x *DeleteSessionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSessionRequest.ProtoReflect.Descriptor instead.
 func (*DeleteSessionRequest) Descriptor() ([]byte, []int) {
-	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{9}
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *DeleteSessionRequest) GetName() string {
@@ -850,6 +1418,638 @@ func (x *DeleteSessionRequest) GetAllowMissing() bool {
 	return false
 }
 
+func (x *DeleteSessionRequest) GetPurgeStorage() bool {
+	if x != nil {
+		return x.PurgeStorage
+	}
+	return false
+}
+
+type SuspendSessionRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Etag          string                 `protobuf:"bytes,2,opt,name=etag,proto3" json:"etag,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SuspendSessionRequest) Reset() {
+	*x = SuspendSessionRequest{}
+	mi := &file_cloudcode_v1_session_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SuspendSessionRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SuspendSessionRequest) ProtoMessage() {}
+
+func (x *SuspendSessionRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_cloudcode_v1_session_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SuspendSessionRequest.ProtoReflect.Descriptor instead.
+func (*SuspendSessionRequest) Descriptor() ([]byte, []int) {
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *SuspendSessionRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *SuspendSessionRequest) GetEtag() string {
+	if x != nil {
+		return x.Etag
+	}
+	return ""
+}
+
+type ResumeSessionRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Etag          string                 `protobuf:"bytes,2,opt,name=etag,proto3" json:"etag,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResumeSessionRequest) Reset() {
+	*x = ResumeSessionRequest{}
+	mi := &file_cloudcode_v1_session_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResumeSessionRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResumeSessionRequest) ProtoMessage() {}
+
+func (x *ResumeSessionRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_cloudcode_v1_session_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResumeSessionRequest.ProtoReflect.Descriptor instead.
+func (*ResumeSessionRequest) Descriptor() ([]byte, []int) {
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *ResumeSessionRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ResumeSessionRequest) GetEtag() string {
+	if x != nil {
+		return x.Etag
+	}
+	return ""
+}
+
+type CheckpointSessionRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckpointSessionRequest) Reset() {
+	*x = CheckpointSessionRequest{}
+	mi := &file_cloudcode_v1_session_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckpointSessionRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckpointSessionRequest) ProtoMessage() {}
+
+func (x *CheckpointSessionRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_cloudcode_v1_session_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckpointSessionRequest.ProtoReflect.Descriptor instead.
+func (*CheckpointSessionRequest) Descriptor() ([]byte, []int) {
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *CheckpointSessionRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type ListCheckpointsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// `sessions/{id}`.
+	Parent string `protobuf:"bytes,1,opt,name=parent,proto3" json:"parent,omitempty"`
+	// At most 1000; 0 means 100.
+	PageSize      int32  `protobuf:"varint,2,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	PageToken     string `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListCheckpointsRequest) Reset() {
+	*x = ListCheckpointsRequest{}
+	mi := &file_cloudcode_v1_session_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListCheckpointsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListCheckpointsRequest) ProtoMessage() {}
+
+func (x *ListCheckpointsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_cloudcode_v1_session_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListCheckpointsRequest.ProtoReflect.Descriptor instead.
+func (*ListCheckpointsRequest) Descriptor() ([]byte, []int) {
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *ListCheckpointsRequest) GetParent() string {
+	if x != nil {
+		return x.Parent
+	}
+	return ""
+}
+
+func (x *ListCheckpointsRequest) GetPageSize() int32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *ListCheckpointsRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
+type ListCheckpointsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Checkpoints   []*Checkpoint          `protobuf:"bytes,1,rep,name=checkpoints,proto3" json:"checkpoints,omitempty"`
+	NextPageToken string                 `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListCheckpointsResponse) Reset() {
+	*x = ListCheckpointsResponse{}
+	mi := &file_cloudcode_v1_session_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListCheckpointsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListCheckpointsResponse) ProtoMessage() {}
+
+func (x *ListCheckpointsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_cloudcode_v1_session_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListCheckpointsResponse.ProtoReflect.Descriptor instead.
+func (*ListCheckpointsResponse) Descriptor() ([]byte, []int) {
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *ListCheckpointsResponse) GetCheckpoints() []*Checkpoint {
+	if x != nil {
+		return x.Checkpoints
+	}
+	return nil
+}
+
+func (x *ListCheckpointsResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
+}
+
+type RestoreSessionRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Id of a checkpoint of this session, or a prefix of one that is unique.
+	Checkpoint    string `protobuf:"bytes,2,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
+	Etag          string `protobuf:"bytes,3,opt,name=etag,proto3" json:"etag,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestoreSessionRequest) Reset() {
+	*x = RestoreSessionRequest{}
+	mi := &file_cloudcode_v1_session_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestoreSessionRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestoreSessionRequest) ProtoMessage() {}
+
+func (x *RestoreSessionRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_cloudcode_v1_session_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestoreSessionRequest.ProtoReflect.Descriptor instead.
+func (*RestoreSessionRequest) Descriptor() ([]byte, []int) {
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *RestoreSessionRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RestoreSessionRequest) GetCheckpoint() string {
+	if x != nil {
+		return x.Checkpoint
+	}
+	return ""
+}
+
+func (x *RestoreSessionRequest) GetEtag() string {
+	if x != nil {
+		return x.Etag
+	}
+	return ""
+}
+
+type ForkSessionRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Empty: as the session is now, saved first if it runs.
+	Checkpoint string `protobuf:"bytes,2,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
+	// The id the new session gets. Empty: a generated one.
+	SessionId     string `protobuf:"bytes,3,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
+	RequestId     string `protobuf:"bytes,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForkSessionRequest) Reset() {
+	*x = ForkSessionRequest{}
+	mi := &file_cloudcode_v1_session_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForkSessionRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForkSessionRequest) ProtoMessage() {}
+
+func (x *ForkSessionRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_cloudcode_v1_session_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForkSessionRequest.ProtoReflect.Descriptor instead.
+func (*ForkSessionRequest) Descriptor() ([]byte, []int) {
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *ForkSessionRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ForkSessionRequest) GetCheckpoint() string {
+	if x != nil {
+		return x.Checkpoint
+	}
+	return ""
+}
+
+func (x *ForkSessionRequest) GetSessionId() string {
+	if x != nil {
+		return x.SessionId
+	}
+	return ""
+}
+
+func (x *ForkSessionRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+type ReadArchiveRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Absolute and below /root/s3, or relative to /root/s3/workspace/project. Empty:
+	// all of /root/s3 but the bucket and OpenCode's caches. The archive's names
+	// begin with the last part of the path; with nothing if it is empty.
+	Path string `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	// Empty: as it is now.
+	Checkpoint    string `protobuf:"bytes,3,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadArchiveRequest) Reset() {
+	*x = ReadArchiveRequest{}
+	mi := &file_cloudcode_v1_session_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadArchiveRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadArchiveRequest) ProtoMessage() {}
+
+func (x *ReadArchiveRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_cloudcode_v1_session_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadArchiveRequest.ProtoReflect.Descriptor instead.
+func (*ReadArchiveRequest) Descriptor() ([]byte, []int) {
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *ReadArchiveRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ReadArchiveRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *ReadArchiveRequest) GetCheckpoint() string {
+	if x != nil {
+		return x.Checkpoint
+	}
+	return ""
+}
+
+type ReadArchiveResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Data  []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	// In the first message: about how many bytes will follow; 0 if not known.
+	EstimatedBytes int64 `protobuf:"varint,2,opt,name=estimated_bytes,json=estimatedBytes,proto3" json:"estimated_bytes,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *ReadArchiveResponse) Reset() {
+	*x = ReadArchiveResponse{}
+	mi := &file_cloudcode_v1_session_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadArchiveResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadArchiveResponse) ProtoMessage() {}
+
+func (x *ReadArchiveResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_cloudcode_v1_session_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadArchiveResponse.ProtoReflect.Descriptor instead.
+func (*ReadArchiveResponse) Descriptor() ([]byte, []int) {
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *ReadArchiveResponse) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+func (x *ReadArchiveResponse) GetEstimatedBytes() int64 {
+	if x != nil {
+		return x.EstimatedBytes
+	}
+	return 0
+}
+
+type WriteArchiveRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// In the first message only.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// The folder to unpack into, as in ReadArchiveRequest; empty: /root/s3. It is made if
+	// it is missing.
+	Path          string `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	Data          []byte `protobuf:"bytes,3,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WriteArchiveRequest) Reset() {
+	*x = WriteArchiveRequest{}
+	mi := &file_cloudcode_v1_session_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WriteArchiveRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WriteArchiveRequest) ProtoMessage() {}
+
+func (x *WriteArchiveRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_cloudcode_v1_session_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WriteArchiveRequest.ProtoReflect.Descriptor instead.
+func (*WriteArchiveRequest) Descriptor() ([]byte, []int) {
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *WriteArchiveRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *WriteArchiveRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *WriteArchiveRequest) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+type WriteArchiveResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Files         int64                  `protobuf:"varint,1,opt,name=files,proto3" json:"files,omitempty"`
+	Bytes         int64                  `protobuf:"varint,2,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WriteArchiveResponse) Reset() {
+	*x = WriteArchiveResponse{}
+	mi := &file_cloudcode_v1_session_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WriteArchiveResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WriteArchiveResponse) ProtoMessage() {}
+
+func (x *WriteArchiveResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_cloudcode_v1_session_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WriteArchiveResponse.ProtoReflect.Descriptor instead.
+func (*WriteArchiveResponse) Descriptor() ([]byte, []int) {
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *WriteArchiveResponse) GetFiles() int64 {
+	if x != nil {
+		return x.Files
+	}
+	return 0
+}
+
+func (x *WriteArchiveResponse) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
 type WatchSessionEventsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -863,7 +2063,7 @@ type WatchSessionEventsRequest struct {
 
 func (x *WatchSessionEventsRequest) Reset() {
 	*x = WatchSessionEventsRequest{}
-	mi := &file_cloudcode_v1_session_proto_msgTypes[10]
+	mi := &file_cloudcode_v1_session_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -875,7 +2075,7 @@ func (x *WatchSessionEventsRequest) String() string {
 func (*WatchSessionEventsRequest) ProtoMessage() {}
 
 func (x *WatchSessionEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_cloudcode_v1_session_proto_msgTypes[10]
+	mi := &file_cloudcode_v1_session_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -888,7 +2088,7 @@ func (x *WatchSessionEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchSessionEventsRequest.ProtoReflect.Descriptor instead.
 func (*WatchSessionEventsRequest) Descriptor() ([]byte, []int) {
-	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{10}
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *WatchSessionEventsRequest) GetName() string {
@@ -918,6 +2118,7 @@ type SessionEvent struct {
 	//	*SessionEvent_Gap
 	//	*SessionEvent_Heartbeat
 	//	*SessionEvent_End
+	//	*SessionEvent_Checkpointed
 	Event         isSessionEvent_Event `protobuf_oneof:"event"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -925,7 +2126,7 @@ type SessionEvent struct {
 
 func (x *SessionEvent) Reset() {
 	*x = SessionEvent{}
-	mi := &file_cloudcode_v1_session_proto_msgTypes[11]
+	mi := &file_cloudcode_v1_session_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -937,7 +2138,7 @@ func (x *SessionEvent) String() string {
 func (*SessionEvent) ProtoMessage() {}
 
 func (x *SessionEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_cloudcode_v1_session_proto_msgTypes[11]
+	mi := &file_cloudcode_v1_session_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -950,7 +2151,7 @@ func (x *SessionEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SessionEvent.ProtoReflect.Descriptor instead.
 func (*SessionEvent) Descriptor() ([]byte, []int) {
-	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{11}
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *SessionEvent) GetId() string {
@@ -1019,6 +2220,15 @@ func (x *SessionEvent) GetEnd() *EndEvent {
 	return nil
 }
 
+func (x *SessionEvent) GetCheckpointed() *CheckpointedEvent {
+	if x != nil {
+		if x, ok := x.Event.(*SessionEvent_Checkpointed); ok {
+			return x.Checkpointed
+		}
+	}
+	return nil
+}
+
 type isSessionEvent_Event interface {
 	isSessionEvent_Event()
 }
@@ -1043,6 +2253,10 @@ type SessionEvent_End struct {
 	End *EndEvent `protobuf:"bytes,7,opt,name=end,proto3,oneof"`
 }
 
+type SessionEvent_Checkpointed struct {
+	Checkpointed *CheckpointedEvent `protobuf:"bytes,8,opt,name=checkpointed,proto3,oneof"`
+}
+
 func (*SessionEvent_Lifecycle) isSessionEvent_Event() {}
 
 func (*SessionEvent_Opencode) isSessionEvent_Event() {}
@@ -1052,6 +2266,55 @@ func (*SessionEvent_Gap) isSessionEvent_Event() {}
 func (*SessionEvent_Heartbeat) isSessionEvent_Event() {}
 
 func (*SessionEvent_End) isSessionEvent_Event() {}
+
+func (*SessionEvent_Checkpointed) isSessionEvent_Event() {}
+
+// CheckpointedEvent says that everything up to the checkpoint's moment is in
+// object storage and survives the loss of the node. It follows each turn of a
+// chat, and may follow other checkpoints.
+type CheckpointedEvent struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Checkpoint    *Checkpoint            `protobuf:"bytes,1,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckpointedEvent) Reset() {
+	*x = CheckpointedEvent{}
+	mi := &file_cloudcode_v1_session_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckpointedEvent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckpointedEvent) ProtoMessage() {}
+
+func (x *CheckpointedEvent) ProtoReflect() protoreflect.Message {
+	mi := &file_cloudcode_v1_session_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckpointedEvent.ProtoReflect.Descriptor instead.
+func (*CheckpointedEvent) Descriptor() ([]byte, []int) {
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *CheckpointedEvent) GetCheckpoint() *Checkpoint {
+	if x != nil {
+		return x.Checkpoint
+	}
+	return nil
+}
 
 // LifecycleEvent says that the session changed.
 type LifecycleEvent struct {
@@ -1064,7 +2327,7 @@ type LifecycleEvent struct {
 
 func (x *LifecycleEvent) Reset() {
 	*x = LifecycleEvent{}
-	mi := &file_cloudcode_v1_session_proto_msgTypes[12]
+	mi := &file_cloudcode_v1_session_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1076,7 +2339,7 @@ func (x *LifecycleEvent) String() string {
 func (*LifecycleEvent) ProtoMessage() {}
 
 func (x *LifecycleEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_cloudcode_v1_session_proto_msgTypes[12]
+	mi := &file_cloudcode_v1_session_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1089,7 +2352,7 @@ func (x *LifecycleEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LifecycleEvent.ProtoReflect.Descriptor instead.
 func (*LifecycleEvent) Descriptor() ([]byte, []int) {
-	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{12}
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *LifecycleEvent) GetSession() *Session {
@@ -1114,7 +2377,7 @@ type OpenCodeEvent struct {
 
 func (x *OpenCodeEvent) Reset() {
 	*x = OpenCodeEvent{}
-	mi := &file_cloudcode_v1_session_proto_msgTypes[13]
+	mi := &file_cloudcode_v1_session_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1126,7 +2389,7 @@ func (x *OpenCodeEvent) String() string {
 func (*OpenCodeEvent) ProtoMessage() {}
 
 func (x *OpenCodeEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_cloudcode_v1_session_proto_msgTypes[13]
+	mi := &file_cloudcode_v1_session_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1139,7 +2402,7 @@ func (x *OpenCodeEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenCodeEvent.ProtoReflect.Descriptor instead.
 func (*OpenCodeEvent) Descriptor() ([]byte, []int) {
-	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{13}
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *OpenCodeEvent) GetType() string {
@@ -1174,7 +2437,7 @@ type GapEvent struct {
 
 func (x *GapEvent) Reset() {
 	*x = GapEvent{}
-	mi := &file_cloudcode_v1_session_proto_msgTypes[14]
+	mi := &file_cloudcode_v1_session_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1186,7 +2449,7 @@ func (x *GapEvent) String() string {
 func (*GapEvent) ProtoMessage() {}
 
 func (x *GapEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_cloudcode_v1_session_proto_msgTypes[14]
+	mi := &file_cloudcode_v1_session_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1199,7 +2462,7 @@ func (x *GapEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GapEvent.ProtoReflect.Descriptor instead.
 func (*GapEvent) Descriptor() ([]byte, []int) {
-	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{14}
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *GapEvent) GetMessage() string {
@@ -1218,7 +2481,7 @@ type HeartbeatEvent struct {
 
 func (x *HeartbeatEvent) Reset() {
 	*x = HeartbeatEvent{}
-	mi := &file_cloudcode_v1_session_proto_msgTypes[15]
+	mi := &file_cloudcode_v1_session_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1230,7 +2493,7 @@ func (x *HeartbeatEvent) String() string {
 func (*HeartbeatEvent) ProtoMessage() {}
 
 func (x *HeartbeatEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_cloudcode_v1_session_proto_msgTypes[15]
+	mi := &file_cloudcode_v1_session_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1243,7 +2506,7 @@ func (x *HeartbeatEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeartbeatEvent.ProtoReflect.Descriptor instead.
 func (*HeartbeatEvent) Descriptor() ([]byte, []int) {
-	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{15}
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{31}
 }
 
 // EndEvent is the last event of a stream.
@@ -1257,7 +2520,7 @@ type EndEvent struct {
 
 func (x *EndEvent) Reset() {
 	*x = EndEvent{}
-	mi := &file_cloudcode_v1_session_proto_msgTypes[16]
+	mi := &file_cloudcode_v1_session_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1269,7 +2532,7 @@ func (x *EndEvent) String() string {
 func (*EndEvent) ProtoMessage() {}
 
 func (x *EndEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_cloudcode_v1_session_proto_msgTypes[16]
+	mi := &file_cloudcode_v1_session_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1282,7 +2545,7 @@ func (x *EndEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndEvent.ProtoReflect.Descriptor instead.
 func (*EndEvent) Descriptor() ([]byte, []int) {
-	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{16}
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *EndEvent) GetReason() string {
@@ -1305,7 +2568,7 @@ type ReadSessionLogsRequest struct {
 
 func (x *ReadSessionLogsRequest) Reset() {
 	*x = ReadSessionLogsRequest{}
-	mi := &file_cloudcode_v1_session_proto_msgTypes[17]
+	mi := &file_cloudcode_v1_session_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1317,7 +2580,7 @@ func (x *ReadSessionLogsRequest) String() string {
 func (*ReadSessionLogsRequest) ProtoMessage() {}
 
 func (x *ReadSessionLogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_cloudcode_v1_session_proto_msgTypes[17]
+	mi := &file_cloudcode_v1_session_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1330,7 +2593,7 @@ func (x *ReadSessionLogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadSessionLogsRequest.ProtoReflect.Descriptor instead.
 func (*ReadSessionLogsRequest) Descriptor() ([]byte, []int) {
-	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{17}
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ReadSessionLogsRequest) GetName() string {
@@ -1367,7 +2630,7 @@ type LogEntry struct {
 
 func (x *LogEntry) Reset() {
 	*x = LogEntry{}
-	mi := &file_cloudcode_v1_session_proto_msgTypes[18]
+	mi := &file_cloudcode_v1_session_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1379,7 +2642,7 @@ func (x *LogEntry) String() string {
 func (*LogEntry) ProtoMessage() {}
 
 func (x *LogEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_cloudcode_v1_session_proto_msgTypes[18]
+	mi := &file_cloudcode_v1_session_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1392,7 +2655,7 @@ func (x *LogEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogEntry.ProtoReflect.Descriptor instead.
 func (*LogEntry) Descriptor() ([]byte, []int) {
-	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{18}
+	return file_cloudcode_v1_session_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *LogEntry) GetTime() *timestamppb.Timestamp {
@@ -1420,7 +2683,7 @@ var File_cloudcode_v1_session_proto protoreflect.FileDescriptor
 
 const file_cloudcode_v1_session_proto_rawDesc = "" +
 	"\n" +
-	"\x1acloudcode/v1/session.proto\x12\fcloudcode.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x90\a\n" +
+	"\x1acloudcode/v1/session.proto\x12\fcloudcode.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xec\a\n" +
 	"\aSession\x12\x17\n" +
 	"\x04name\x18\x01 \x01(\tB\x03\xe0A\bR\x04name\x12\x15\n" +
 	"\x03uid\x18\x02 \x01(\tB\x03\xe0A\x03R\x03uid\x12\x12\n" +
@@ -1444,10 +2707,11 @@ const file_cloudcode_v1_session_proto_rawDesc = "" +
 	"\n" +
 	"ready_time\x18\x0f \x01(\v2\x1a.google.protobuf.TimestampB\x03\xe0A\x03R\treadyTime\x12.\n" +
 	"\x10opencode_version\x18\x10 \x01(\tB\x03\xe0A\x03R\x0fopencodeVersion\x12\x1c\n" +
-	"\aweb_uri\x18\x11 \x01(\tB\x03\xe0A\x03R\x06webUri\x1a9\n" +
+	"\aweb_uri\x18\x11 \x01(\tB\x03\xe0A\x03R\x06webUri\x12:\n" +
+	"\astorage\x18\x12 \x01(\v2\x1b.cloudcode.v1.StorageStatusB\x03\xe0A\x03R\astorage\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"p\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x8f\x01\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\v\n" +
 	"\aPENDING\x10\x01\x12\f\n" +
@@ -1456,19 +2720,82 @@ const file_cloudcode_v1_session_proto_rawDesc = "" +
 	"\n" +
 	"\x06FAILED\x10\a\x12\b\n" +
 	"\x04LOST\x10\b\x12\f\n" +
-	"\bDELETING\x10\t\"\x04\b\x04\x10\x06\"\x84\x03\n" +
+	"\bDELETING\x10\t\x12\x0e\n" +
+	"\n" +
+	"SUSPENDING\x10\x05\x12\r\n" +
+	"\tSUSPENDED\x10\x06\"\x04\b\x04\x10\x04\"\xb5\x03\n" +
 	"\vSessionSpec\x12\x14\n" +
 	"\x05image\x18\x01 \x01(\tR\x05image\x124\n" +
 	"\x03env\x18\x02 \x03(\v2\".cloudcode.v1.SessionSpec.EnvEntryR\x03env\x12'\n" +
 	"\x0fopencode_config\x18\x03 \x01(\tR\x0eopencodeConfig\x125\n" +
 	"\tresources\x18\x04 \x01(\v2\x17.cloudcode.v1.ResourcesR\tresources\x12P\n" +
-	"\rnode_selector\x18\x05 \x03(\v2+.cloudcode.v1.SessionSpec.NodeSelectorEntryR\fnodeSelector\x1a6\n" +
+	"\rnode_selector\x18\x05 \x03(\v2+.cloudcode.v1.SessionSpec.NodeSelectorEntryR\fnodeSelector\x12/\n" +
+	"\astorage\x18\x06 \x01(\v2\x15.cloudcode.v1.StorageR\astorage\x1a6\n" +
 	"\bEnvEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a?\n" +
 	"\x11NodeSelectorEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x80\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xf0\x01\n" +
+	"\aStorage\x12.\n" +
+	"\x04mode\x18\x01 \x01(\x0e2\x1a.cloudcode.v1.Storage.ModeR\x04mode\x12\x18\n" +
+	"\aprofile\x18\x02 \x01(\tR\aprofile\x12\x1b\n" +
+	"\x06prefix\x18\x03 \x01(\tH\x00R\x06prefix\x88\x01\x01\x12'\n" +
+	"\x02s3\x18\x04 \x01(\v2\x17.cloudcode.v1.S3StorageR\x02s3\"J\n" +
+	"\x04Mode\x12\x14\n" +
+	"\x10MODE_UNSPECIFIED\x10\x00\x12\b\n" +
+	"\x04AUTO\x10\x01\x12\t\n" +
+	"\x05LOCAL\x10\x02\x12\t\n" +
+	"\x05MOUNT\x10\x03\x12\f\n" +
+	"\bSNAPSHOT\x10\x04B\t\n" +
+	"\a_prefix\"\x88\x02\n" +
+	"\tS3Storage\x12\x1a\n" +
+	"\bendpoint\x18\x01 \x01(\tR\bendpoint\x12\x16\n" +
+	"\x06bucket\x18\x02 \x01(\tR\x06bucket\x12\"\n" +
+	"\raccess_key_id\x18\x03 \x01(\tR\vaccessKeyId\x12/\n" +
+	"\x11secret_access_key\x18\x04 \x01(\tB\x03\xe0A\x04R\x0fsecretAccessKey\x12\x16\n" +
+	"\x06region\x18\x05 \x01(\tR\x06region\x12\x1d\n" +
+	"\n" +
+	"path_style\x18\x06 \x01(\bR\tpathStyle\x12\x16\n" +
+	"\x06prefix\x18\a \x01(\tR\x06prefix\x12#\n" +
+	"\rtigrisfs_args\x18\b \x01(\tR\ftigrisfsArgs\"\xc3\x03\n" +
+	"\rStorageStatus\x12.\n" +
+	"\x04mode\x18\x01 \x01(\x0e2\x1a.cloudcode.v1.Storage.ModeR\x04mode\x12\x1e\n" +
+	"\n" +
+	"persistent\x18\x02 \x01(\bR\n" +
+	"persistent\x12\x10\n" +
+	"\x03uri\x18\x03 \x01(\tR\x03uri\x128\n" +
+	"\n" +
+	"checkpoint\x18\x04 \x01(\v2\x18.cloudcode.v1.CheckpointR\n" +
+	"checkpoint\x12?\n" +
+	"\runsaved_since\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\funsavedSince\x12\x18\n" +
+	"\amessage\x18\x06 \x01(\tR\amessage\x12G\n" +
+	"\vmount_state\x18\a \x01(\x0e2&.cloudcode.v1.StorageStatus.MountStateR\n" +
+	"mountState\x12\x18\n" +
+	"\amounter\x18\b \x01(\tR\amounter\"X\n" +
+	"\n" +
+	"MountState\x12\x1b\n" +
+	"\x17MOUNT_STATE_UNSPECIFIED\x10\x00\x12\v\n" +
+	"\aMOUNTED\x10\x01\x12\x0e\n" +
+	"\n" +
+	"REMOUNTING\x10\x02\x12\x10\n" +
+	"\fMOUNT_FAILED\x10\x03\"\xbb\x02\n" +
+	"\n" +
+	"Checkpoint\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12;\n" +
+	"\vcreate_time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"createTime\x12\x18\n" +
+	"\atrigger\x18\x03 \x01(\tR\atrigger\x12\x14\n" +
+	"\x05files\x18\x04 \x01(\x03R\x05files\x12\x14\n" +
+	"\x05bytes\x18\x05 \x01(\x03R\x05bytes\x12%\n" +
+	"\x0euploaded_bytes\x18\x06 \x01(\x03R\ruploadedBytes\x12)\n" +
+	"\x10opencode_version\x18\a \x01(\tR\x0fopencodeVersion\x12\x1e\n" +
+	"\n" +
+	"generation\x18\b \x01(\x03R\n" +
+	"generation\x12\x12\n" +
+	"\x04node\x18\t \x01(\tR\x04node\x12\x14\n" +
+	"\x05notes\x18\n" +
+	" \x03(\tR\x05notes\"\x80\x01\n" +
 	"\tResources\x12\x1d\n" +
 	"\n" +
 	"cpu_millis\x18\x01 \x01(\x03R\tcpuMillis\x12!\n" +
@@ -1501,14 +2828,62 @@ const file_cloudcode_v1_session_proto_rawDesc = "" +
 	"\x14UpdateSessionRequest\x124\n" +
 	"\asession\x18\x01 \x01(\v2\x15.cloudcode.v1.SessionB\x03\xe0A\x02R\asession\x12;\n" +
 	"\vupdate_mask\x18\x02 \x01(\v2\x1a.google.protobuf.FieldMaskR\n" +
-	"updateMask\"h\n" +
+	"updateMask\"\x8d\x01\n" +
 	"\x14DeleteSessionRequest\x12\x17\n" +
 	"\x04name\x18\x01 \x01(\tB\x03\xe0A\x02R\x04name\x12\x12\n" +
 	"\x04etag\x18\x02 \x01(\tR\x04etag\x12#\n" +
-	"\rallow_missing\x18\x03 \x01(\bR\fallowMissing\"J\n" +
+	"\rallow_missing\x18\x03 \x01(\bR\fallowMissing\x12#\n" +
+	"\rpurge_storage\x18\x04 \x01(\bR\fpurgeStorage\"D\n" +
+	"\x15SuspendSessionRequest\x12\x17\n" +
+	"\x04name\x18\x01 \x01(\tB\x03\xe0A\x02R\x04name\x12\x12\n" +
+	"\x04etag\x18\x02 \x01(\tR\x04etag\"C\n" +
+	"\x14ResumeSessionRequest\x12\x17\n" +
+	"\x04name\x18\x01 \x01(\tB\x03\xe0A\x02R\x04name\x12\x12\n" +
+	"\x04etag\x18\x02 \x01(\tR\x04etag\"3\n" +
+	"\x18CheckpointSessionRequest\x12\x17\n" +
+	"\x04name\x18\x01 \x01(\tB\x03\xe0A\x02R\x04name\"q\n" +
+	"\x16ListCheckpointsRequest\x12\x1b\n" +
+	"\x06parent\x18\x01 \x01(\tB\x03\xe0A\x02R\x06parent\x12\x1b\n" +
+	"\tpage_size\x18\x02 \x01(\x05R\bpageSize\x12\x1d\n" +
+	"\n" +
+	"page_token\x18\x03 \x01(\tR\tpageToken\"}\n" +
+	"\x17ListCheckpointsResponse\x12:\n" +
+	"\vcheckpoints\x18\x01 \x03(\v2\x18.cloudcode.v1.CheckpointR\vcheckpoints\x12&\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"i\n" +
+	"\x15RestoreSessionRequest\x12\x17\n" +
+	"\x04name\x18\x01 \x01(\tB\x03\xe0A\x02R\x04name\x12#\n" +
+	"\n" +
+	"checkpoint\x18\x02 \x01(\tB\x03\xe0A\x02R\n" +
+	"checkpoint\x12\x12\n" +
+	"\x04etag\x18\x03 \x01(\tR\x04etag\"\x8b\x01\n" +
+	"\x12ForkSessionRequest\x12\x17\n" +
+	"\x04name\x18\x01 \x01(\tB\x03\xe0A\x02R\x04name\x12\x1e\n" +
+	"\n" +
+	"checkpoint\x18\x02 \x01(\tR\n" +
+	"checkpoint\x12\x1d\n" +
+	"\n" +
+	"session_id\x18\x03 \x01(\tR\tsessionId\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x04 \x01(\tR\trequestId\"a\n" +
+	"\x12ReadArchiveRequest\x12\x17\n" +
+	"\x04name\x18\x01 \x01(\tB\x03\xe0A\x02R\x04name\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x1e\n" +
+	"\n" +
+	"checkpoint\x18\x03 \x01(\tR\n" +
+	"checkpoint\"R\n" +
+	"\x13ReadArchiveResponse\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\x12'\n" +
+	"\x0festimated_bytes\x18\x02 \x01(\x03R\x0eestimatedBytes\"Q\n" +
+	"\x13WriteArchiveRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n" +
+	"\x04data\x18\x03 \x01(\fR\x04data\"B\n" +
+	"\x14WriteArchiveResponse\x12\x14\n" +
+	"\x05files\x18\x01 \x01(\x03R\x05files\x12\x14\n" +
+	"\x05bytes\x18\x02 \x01(\x03R\x05bytes\"J\n" +
 	"\x19WatchSessionEventsRequest\x12\x17\n" +
 	"\x04name\x18\x01 \x01(\tB\x03\xe0A\x02R\x04name\x12\x14\n" +
-	"\x05after\x18\x02 \x01(\tR\x05after\"\xe6\x02\n" +
+	"\x05after\x18\x02 \x01(\tR\x05after\"\xad\x03\n" +
 	"\fSessionEvent\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
 	"\x04time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12<\n" +
@@ -1516,8 +2891,13 @@ const file_cloudcode_v1_session_proto_rawDesc = "" +
 	"\bopencode\x18\x04 \x01(\v2\x1b.cloudcode.v1.OpenCodeEventH\x00R\bopencode\x12*\n" +
 	"\x03gap\x18\x05 \x01(\v2\x16.cloudcode.v1.GapEventH\x00R\x03gap\x12<\n" +
 	"\theartbeat\x18\x06 \x01(\v2\x1c.cloudcode.v1.HeartbeatEventH\x00R\theartbeat\x12*\n" +
-	"\x03end\x18\a \x01(\v2\x16.cloudcode.v1.EndEventH\x00R\x03endB\a\n" +
-	"\x05event\"A\n" +
+	"\x03end\x18\a \x01(\v2\x16.cloudcode.v1.EndEventH\x00R\x03end\x12E\n" +
+	"\fcheckpointed\x18\b \x01(\v2\x1f.cloudcode.v1.CheckpointedEventH\x00R\fcheckpointedB\a\n" +
+	"\x05event\"M\n" +
+	"\x11CheckpointedEvent\x128\n" +
+	"\n" +
+	"checkpoint\x18\x01 \x01(\v2\x18.cloudcode.v1.CheckpointR\n" +
+	"checkpoint\"A\n" +
 	"\x0eLifecycleEvent\x12/\n" +
 	"\asession\x18\x01 \x01(\v2\x15.cloudcode.v1.SessionR\asession\"W\n" +
 	"\rOpenCodeEvent\x12\x12\n" +
@@ -1537,7 +2917,7 @@ const file_cloudcode_v1_session_proto_rawDesc = "" +
 	"\bLogEntry\x12.\n" +
 	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x16\n" +
 	"\x06stream\x18\x02 \x01(\tR\x06stream\x12\x12\n" +
-	"\x04line\x18\x03 \x01(\tR\x04line2\xaf\x06\n" +
+	"\x04line\x18\x03 \x01(\tR\x04line2\xec\r\n" +
 	"\x0eSessionService\x12i\n" +
 	"\rCreateSession\x12\".cloudcode.v1.CreateSessionRequest\x1a\x15.cloudcode.v1.Session\"\x1d\x82\xd3\xe4\x93\x02\x17:\asession\"\f/v1/sessions\x12c\n" +
 	"\n" +
@@ -1546,7 +2926,15 @@ const file_cloudcode_v1_session_proto_rawDesc = "" +
 	"\rUpdateSession\x12\".cloudcode.v1.UpdateSessionRequest\x1a\x15.cloudcode.v1.Session\".\x82\xd3\xe4\x93\x02(:\asession2\x1d/v1/{session.name=sessions/*}\x12i\n" +
 	"\rDeleteSession\x12\".cloudcode.v1.DeleteSessionRequest\x1a\x15.cloudcode.v1.Session\"\x1d\x82\xd3\xe4\x93\x02\x17*\x15/v1/{name=sessions/*}\x12\x81\x01\n" +
 	"\x12WatchSessionEvents\x12'.cloudcode.v1.WatchSessionEventsRequest\x1a\x1a.cloudcode.v1.SessionEvent\"$\x82\xd3\xe4\x93\x02\x1e\x12\x1c/v1/{name=sessions/*}/events0\x01\x12u\n" +
-	"\x0fReadSessionLogs\x12$.cloudcode.v1.ReadSessionLogsRequest\x1a\x16.cloudcode.v1.LogEntry\"\"\x82\xd3\xe4\x93\x02\x1c\x12\x1a/v1/{name=sessions/*}/logs0\x01BCZAgithub.com/cloudcode-dev/cloudcode/proto/cloudcode/v1;cloudcodev1b\x06proto3"
+	"\x0fReadSessionLogs\x12$.cloudcode.v1.ReadSessionLogsRequest\x1a\x16.cloudcode.v1.LogEntry\"\"\x82\xd3\xe4\x93\x02\x1c\x12\x1a/v1/{name=sessions/*}/logs0\x01\x12v\n" +
+	"\x0eSuspendSession\x12#.cloudcode.v1.SuspendSessionRequest\x1a\x15.cloudcode.v1.Session\"(\x82\xd3\xe4\x93\x02\":\x01*\"\x1d/v1/{name=sessions/*}:suspend\x12s\n" +
+	"\rResumeSession\x12\".cloudcode.v1.ResumeSessionRequest\x1a\x15.cloudcode.v1.Session\"'\x82\xd3\xe4\x93\x02!:\x01*\"\x1c/v1/{name=sessions/*}:resume\x12\x82\x01\n" +
+	"\x11CheckpointSession\x12&.cloudcode.v1.CheckpointSessionRequest\x1a\x18.cloudcode.v1.Checkpoint\"+\x82\xd3\xe4\x93\x02%:\x01*\" /v1/{name=sessions/*}:checkpoint\x12\x8b\x01\n" +
+	"\x0fListCheckpoints\x12$.cloudcode.v1.ListCheckpointsRequest\x1a%.cloudcode.v1.ListCheckpointsResponse\"+\x82\xd3\xe4\x93\x02%\x12#/v1/{parent=sessions/*}/checkpoints\x12v\n" +
+	"\x0eRestoreSession\x12#.cloudcode.v1.RestoreSessionRequest\x1a\x15.cloudcode.v1.Session\"(\x82\xd3\xe4\x93\x02\":\x01*\"\x1d/v1/{name=sessions/*}:restore\x12m\n" +
+	"\vForkSession\x12 .cloudcode.v1.ForkSessionRequest\x1a\x15.cloudcode.v1.Session\"%\x82\xd3\xe4\x93\x02\x1f:\x01*\"\x1a/v1/{name=sessions/*}:fork\x12{\n" +
+	"\vReadArchive\x12 .cloudcode.v1.ReadArchiveRequest\x1a!.cloudcode.v1.ReadArchiveResponse\"%\x82\xd3\xe4\x93\x02\x1f\x12\x1d/v1/{name=sessions/*}/archive0\x01\x12W\n" +
+	"\fWriteArchive\x12!.cloudcode.v1.WriteArchiveRequest\x1a\".cloudcode.v1.WriteArchiveResponse(\x01BCZAgithub.com/cloudcode-dev/cloudcode/proto/cloudcode/v1;cloudcodev1b\x06proto3"
 
 var (
 	file_cloudcode_v1_session_proto_rawDescOnce sync.Once
@@ -1560,77 +2948,123 @@ func file_cloudcode_v1_session_proto_rawDescGZIP() []byte {
 	return file_cloudcode_v1_session_proto_rawDescData
 }
 
-var file_cloudcode_v1_session_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_cloudcode_v1_session_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_cloudcode_v1_session_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
+var file_cloudcode_v1_session_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
 var file_cloudcode_v1_session_proto_goTypes = []any{
 	(Session_State)(0),                // 0: cloudcode.v1.Session.State
-	(*Session)(nil),                   // 1: cloudcode.v1.Session
-	(*SessionSpec)(nil),               // 2: cloudcode.v1.SessionSpec
-	(*Resources)(nil),                 // 3: cloudcode.v1.Resources
-	(*StartProgress)(nil),             // 4: cloudcode.v1.StartProgress
-	(*CreateSessionRequest)(nil),      // 5: cloudcode.v1.CreateSessionRequest
-	(*GetSessionRequest)(nil),         // 6: cloudcode.v1.GetSessionRequest
-	(*ListSessionsRequest)(nil),       // 7: cloudcode.v1.ListSessionsRequest
-	(*ListSessionsResponse)(nil),      // 8: cloudcode.v1.ListSessionsResponse
-	(*UpdateSessionRequest)(nil),      // 9: cloudcode.v1.UpdateSessionRequest
-	(*DeleteSessionRequest)(nil),      // 10: cloudcode.v1.DeleteSessionRequest
-	(*WatchSessionEventsRequest)(nil), // 11: cloudcode.v1.WatchSessionEventsRequest
-	(*SessionEvent)(nil),              // 12: cloudcode.v1.SessionEvent
-	(*LifecycleEvent)(nil),            // 13: cloudcode.v1.LifecycleEvent
-	(*OpenCodeEvent)(nil),             // 14: cloudcode.v1.OpenCodeEvent
-	(*GapEvent)(nil),                  // 15: cloudcode.v1.GapEvent
-	(*HeartbeatEvent)(nil),            // 16: cloudcode.v1.HeartbeatEvent
-	(*EndEvent)(nil),                  // 17: cloudcode.v1.EndEvent
-	(*ReadSessionLogsRequest)(nil),    // 18: cloudcode.v1.ReadSessionLogsRequest
-	(*LogEntry)(nil),                  // 19: cloudcode.v1.LogEntry
-	nil,                               // 20: cloudcode.v1.Session.LabelsEntry
-	nil,                               // 21: cloudcode.v1.SessionSpec.EnvEntry
-	nil,                               // 22: cloudcode.v1.SessionSpec.NodeSelectorEntry
-	(*timestamppb.Timestamp)(nil),     // 23: google.protobuf.Timestamp
-	(*fieldmaskpb.FieldMask)(nil),     // 24: google.protobuf.FieldMask
+	(Storage_Mode)(0),                 // 1: cloudcode.v1.Storage.Mode
+	(StorageStatus_MountState)(0),     // 2: cloudcode.v1.StorageStatus.MountState
+	(*Session)(nil),                   // 3: cloudcode.v1.Session
+	(*SessionSpec)(nil),               // 4: cloudcode.v1.SessionSpec
+	(*Storage)(nil),                   // 5: cloudcode.v1.Storage
+	(*S3Storage)(nil),                 // 6: cloudcode.v1.S3Storage
+	(*StorageStatus)(nil),             // 7: cloudcode.v1.StorageStatus
+	(*Checkpoint)(nil),                // 8: cloudcode.v1.Checkpoint
+	(*Resources)(nil),                 // 9: cloudcode.v1.Resources
+	(*StartProgress)(nil),             // 10: cloudcode.v1.StartProgress
+	(*CreateSessionRequest)(nil),      // 11: cloudcode.v1.CreateSessionRequest
+	(*GetSessionRequest)(nil),         // 12: cloudcode.v1.GetSessionRequest
+	(*ListSessionsRequest)(nil),       // 13: cloudcode.v1.ListSessionsRequest
+	(*ListSessionsResponse)(nil),      // 14: cloudcode.v1.ListSessionsResponse
+	(*UpdateSessionRequest)(nil),      // 15: cloudcode.v1.UpdateSessionRequest
+	(*DeleteSessionRequest)(nil),      // 16: cloudcode.v1.DeleteSessionRequest
+	(*SuspendSessionRequest)(nil),     // 17: cloudcode.v1.SuspendSessionRequest
+	(*ResumeSessionRequest)(nil),      // 18: cloudcode.v1.ResumeSessionRequest
+	(*CheckpointSessionRequest)(nil),  // 19: cloudcode.v1.CheckpointSessionRequest
+	(*ListCheckpointsRequest)(nil),    // 20: cloudcode.v1.ListCheckpointsRequest
+	(*ListCheckpointsResponse)(nil),   // 21: cloudcode.v1.ListCheckpointsResponse
+	(*RestoreSessionRequest)(nil),     // 22: cloudcode.v1.RestoreSessionRequest
+	(*ForkSessionRequest)(nil),        // 23: cloudcode.v1.ForkSessionRequest
+	(*ReadArchiveRequest)(nil),        // 24: cloudcode.v1.ReadArchiveRequest
+	(*ReadArchiveResponse)(nil),       // 25: cloudcode.v1.ReadArchiveResponse
+	(*WriteArchiveRequest)(nil),       // 26: cloudcode.v1.WriteArchiveRequest
+	(*WriteArchiveResponse)(nil),      // 27: cloudcode.v1.WriteArchiveResponse
+	(*WatchSessionEventsRequest)(nil), // 28: cloudcode.v1.WatchSessionEventsRequest
+	(*SessionEvent)(nil),              // 29: cloudcode.v1.SessionEvent
+	(*CheckpointedEvent)(nil),         // 30: cloudcode.v1.CheckpointedEvent
+	(*LifecycleEvent)(nil),            // 31: cloudcode.v1.LifecycleEvent
+	(*OpenCodeEvent)(nil),             // 32: cloudcode.v1.OpenCodeEvent
+	(*GapEvent)(nil),                  // 33: cloudcode.v1.GapEvent
+	(*HeartbeatEvent)(nil),            // 34: cloudcode.v1.HeartbeatEvent
+	(*EndEvent)(nil),                  // 35: cloudcode.v1.EndEvent
+	(*ReadSessionLogsRequest)(nil),    // 36: cloudcode.v1.ReadSessionLogsRequest
+	(*LogEntry)(nil),                  // 37: cloudcode.v1.LogEntry
+	nil,                               // 38: cloudcode.v1.Session.LabelsEntry
+	nil,                               // 39: cloudcode.v1.SessionSpec.EnvEntry
+	nil,                               // 40: cloudcode.v1.SessionSpec.NodeSelectorEntry
+	(*timestamppb.Timestamp)(nil),     // 41: google.protobuf.Timestamp
+	(*fieldmaskpb.FieldMask)(nil),     // 42: google.protobuf.FieldMask
 }
 var file_cloudcode_v1_session_proto_depIdxs = []int32{
-	23, // 0: cloudcode.v1.Session.create_time:type_name -> google.protobuf.Timestamp
-	23, // 1: cloudcode.v1.Session.update_time:type_name -> google.protobuf.Timestamp
-	20, // 2: cloudcode.v1.Session.labels:type_name -> cloudcode.v1.Session.LabelsEntry
-	2,  // 3: cloudcode.v1.Session.spec:type_name -> cloudcode.v1.SessionSpec
+	41, // 0: cloudcode.v1.Session.create_time:type_name -> google.protobuf.Timestamp
+	41, // 1: cloudcode.v1.Session.update_time:type_name -> google.protobuf.Timestamp
+	38, // 2: cloudcode.v1.Session.labels:type_name -> cloudcode.v1.Session.LabelsEntry
+	4,  // 3: cloudcode.v1.Session.spec:type_name -> cloudcode.v1.SessionSpec
 	0,  // 4: cloudcode.v1.Session.state:type_name -> cloudcode.v1.Session.State
-	4,  // 5: cloudcode.v1.Session.progress:type_name -> cloudcode.v1.StartProgress
-	23, // 6: cloudcode.v1.Session.ready_time:type_name -> google.protobuf.Timestamp
-	21, // 7: cloudcode.v1.SessionSpec.env:type_name -> cloudcode.v1.SessionSpec.EnvEntry
-	3,  // 8: cloudcode.v1.SessionSpec.resources:type_name -> cloudcode.v1.Resources
-	22, // 9: cloudcode.v1.SessionSpec.node_selector:type_name -> cloudcode.v1.SessionSpec.NodeSelectorEntry
-	1,  // 10: cloudcode.v1.CreateSessionRequest.session:type_name -> cloudcode.v1.Session
-	1,  // 11: cloudcode.v1.ListSessionsResponse.sessions:type_name -> cloudcode.v1.Session
-	1,  // 12: cloudcode.v1.UpdateSessionRequest.session:type_name -> cloudcode.v1.Session
-	24, // 13: cloudcode.v1.UpdateSessionRequest.update_mask:type_name -> google.protobuf.FieldMask
-	23, // 14: cloudcode.v1.SessionEvent.time:type_name -> google.protobuf.Timestamp
-	13, // 15: cloudcode.v1.SessionEvent.lifecycle:type_name -> cloudcode.v1.LifecycleEvent
-	14, // 16: cloudcode.v1.SessionEvent.opencode:type_name -> cloudcode.v1.OpenCodeEvent
-	15, // 17: cloudcode.v1.SessionEvent.gap:type_name -> cloudcode.v1.GapEvent
-	16, // 18: cloudcode.v1.SessionEvent.heartbeat:type_name -> cloudcode.v1.HeartbeatEvent
-	17, // 19: cloudcode.v1.SessionEvent.end:type_name -> cloudcode.v1.EndEvent
-	1,  // 20: cloudcode.v1.LifecycleEvent.session:type_name -> cloudcode.v1.Session
-	23, // 21: cloudcode.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
-	5,  // 22: cloudcode.v1.SessionService.CreateSession:input_type -> cloudcode.v1.CreateSessionRequest
-	6,  // 23: cloudcode.v1.SessionService.GetSession:input_type -> cloudcode.v1.GetSessionRequest
-	7,  // 24: cloudcode.v1.SessionService.ListSessions:input_type -> cloudcode.v1.ListSessionsRequest
-	9,  // 25: cloudcode.v1.SessionService.UpdateSession:input_type -> cloudcode.v1.UpdateSessionRequest
-	10, // 26: cloudcode.v1.SessionService.DeleteSession:input_type -> cloudcode.v1.DeleteSessionRequest
-	11, // 27: cloudcode.v1.SessionService.WatchSessionEvents:input_type -> cloudcode.v1.WatchSessionEventsRequest
-	18, // 28: cloudcode.v1.SessionService.ReadSessionLogs:input_type -> cloudcode.v1.ReadSessionLogsRequest
-	1,  // 29: cloudcode.v1.SessionService.CreateSession:output_type -> cloudcode.v1.Session
-	1,  // 30: cloudcode.v1.SessionService.GetSession:output_type -> cloudcode.v1.Session
-	8,  // 31: cloudcode.v1.SessionService.ListSessions:output_type -> cloudcode.v1.ListSessionsResponse
-	1,  // 32: cloudcode.v1.SessionService.UpdateSession:output_type -> cloudcode.v1.Session
-	1,  // 33: cloudcode.v1.SessionService.DeleteSession:output_type -> cloudcode.v1.Session
-	12, // 34: cloudcode.v1.SessionService.WatchSessionEvents:output_type -> cloudcode.v1.SessionEvent
-	19, // 35: cloudcode.v1.SessionService.ReadSessionLogs:output_type -> cloudcode.v1.LogEntry
-	29, // [29:36] is the sub-list for method output_type
-	22, // [22:29] is the sub-list for method input_type
-	22, // [22:22] is the sub-list for extension type_name
-	22, // [22:22] is the sub-list for extension extendee
-	0,  // [0:22] is the sub-list for field type_name
+	10, // 5: cloudcode.v1.Session.progress:type_name -> cloudcode.v1.StartProgress
+	41, // 6: cloudcode.v1.Session.ready_time:type_name -> google.protobuf.Timestamp
+	7,  // 7: cloudcode.v1.Session.storage:type_name -> cloudcode.v1.StorageStatus
+	39, // 8: cloudcode.v1.SessionSpec.env:type_name -> cloudcode.v1.SessionSpec.EnvEntry
+	9,  // 9: cloudcode.v1.SessionSpec.resources:type_name -> cloudcode.v1.Resources
+	40, // 10: cloudcode.v1.SessionSpec.node_selector:type_name -> cloudcode.v1.SessionSpec.NodeSelectorEntry
+	5,  // 11: cloudcode.v1.SessionSpec.storage:type_name -> cloudcode.v1.Storage
+	1,  // 12: cloudcode.v1.Storage.mode:type_name -> cloudcode.v1.Storage.Mode
+	6,  // 13: cloudcode.v1.Storage.s3:type_name -> cloudcode.v1.S3Storage
+	1,  // 14: cloudcode.v1.StorageStatus.mode:type_name -> cloudcode.v1.Storage.Mode
+	8,  // 15: cloudcode.v1.StorageStatus.checkpoint:type_name -> cloudcode.v1.Checkpoint
+	41, // 16: cloudcode.v1.StorageStatus.unsaved_since:type_name -> google.protobuf.Timestamp
+	2,  // 17: cloudcode.v1.StorageStatus.mount_state:type_name -> cloudcode.v1.StorageStatus.MountState
+	41, // 18: cloudcode.v1.Checkpoint.create_time:type_name -> google.protobuf.Timestamp
+	3,  // 19: cloudcode.v1.CreateSessionRequest.session:type_name -> cloudcode.v1.Session
+	3,  // 20: cloudcode.v1.ListSessionsResponse.sessions:type_name -> cloudcode.v1.Session
+	3,  // 21: cloudcode.v1.UpdateSessionRequest.session:type_name -> cloudcode.v1.Session
+	42, // 22: cloudcode.v1.UpdateSessionRequest.update_mask:type_name -> google.protobuf.FieldMask
+	8,  // 23: cloudcode.v1.ListCheckpointsResponse.checkpoints:type_name -> cloudcode.v1.Checkpoint
+	41, // 24: cloudcode.v1.SessionEvent.time:type_name -> google.protobuf.Timestamp
+	31, // 25: cloudcode.v1.SessionEvent.lifecycle:type_name -> cloudcode.v1.LifecycleEvent
+	32, // 26: cloudcode.v1.SessionEvent.opencode:type_name -> cloudcode.v1.OpenCodeEvent
+	33, // 27: cloudcode.v1.SessionEvent.gap:type_name -> cloudcode.v1.GapEvent
+	34, // 28: cloudcode.v1.SessionEvent.heartbeat:type_name -> cloudcode.v1.HeartbeatEvent
+	35, // 29: cloudcode.v1.SessionEvent.end:type_name -> cloudcode.v1.EndEvent
+	30, // 30: cloudcode.v1.SessionEvent.checkpointed:type_name -> cloudcode.v1.CheckpointedEvent
+	8,  // 31: cloudcode.v1.CheckpointedEvent.checkpoint:type_name -> cloudcode.v1.Checkpoint
+	3,  // 32: cloudcode.v1.LifecycleEvent.session:type_name -> cloudcode.v1.Session
+	41, // 33: cloudcode.v1.LogEntry.time:type_name -> google.protobuf.Timestamp
+	11, // 34: cloudcode.v1.SessionService.CreateSession:input_type -> cloudcode.v1.CreateSessionRequest
+	12, // 35: cloudcode.v1.SessionService.GetSession:input_type -> cloudcode.v1.GetSessionRequest
+	13, // 36: cloudcode.v1.SessionService.ListSessions:input_type -> cloudcode.v1.ListSessionsRequest
+	15, // 37: cloudcode.v1.SessionService.UpdateSession:input_type -> cloudcode.v1.UpdateSessionRequest
+	16, // 38: cloudcode.v1.SessionService.DeleteSession:input_type -> cloudcode.v1.DeleteSessionRequest
+	28, // 39: cloudcode.v1.SessionService.WatchSessionEvents:input_type -> cloudcode.v1.WatchSessionEventsRequest
+	36, // 40: cloudcode.v1.SessionService.ReadSessionLogs:input_type -> cloudcode.v1.ReadSessionLogsRequest
+	17, // 41: cloudcode.v1.SessionService.SuspendSession:input_type -> cloudcode.v1.SuspendSessionRequest
+	18, // 42: cloudcode.v1.SessionService.ResumeSession:input_type -> cloudcode.v1.ResumeSessionRequest
+	19, // 43: cloudcode.v1.SessionService.CheckpointSession:input_type -> cloudcode.v1.CheckpointSessionRequest
+	20, // 44: cloudcode.v1.SessionService.ListCheckpoints:input_type -> cloudcode.v1.ListCheckpointsRequest
+	22, // 45: cloudcode.v1.SessionService.RestoreSession:input_type -> cloudcode.v1.RestoreSessionRequest
+	23, // 46: cloudcode.v1.SessionService.ForkSession:input_type -> cloudcode.v1.ForkSessionRequest
+	24, // 47: cloudcode.v1.SessionService.ReadArchive:input_type -> cloudcode.v1.ReadArchiveRequest
+	26, // 48: cloudcode.v1.SessionService.WriteArchive:input_type -> cloudcode.v1.WriteArchiveRequest
+	3,  // 49: cloudcode.v1.SessionService.CreateSession:output_type -> cloudcode.v1.Session
+	3,  // 50: cloudcode.v1.SessionService.GetSession:output_type -> cloudcode.v1.Session
+	14, // 51: cloudcode.v1.SessionService.ListSessions:output_type -> cloudcode.v1.ListSessionsResponse
+	3,  // 52: cloudcode.v1.SessionService.UpdateSession:output_type -> cloudcode.v1.Session
+	3,  // 53: cloudcode.v1.SessionService.DeleteSession:output_type -> cloudcode.v1.Session
+	29, // 54: cloudcode.v1.SessionService.WatchSessionEvents:output_type -> cloudcode.v1.SessionEvent
+	37, // 55: cloudcode.v1.SessionService.ReadSessionLogs:output_type -> cloudcode.v1.LogEntry
+	3,  // 56: cloudcode.v1.SessionService.SuspendSession:output_type -> cloudcode.v1.Session
+	3,  // 57: cloudcode.v1.SessionService.ResumeSession:output_type -> cloudcode.v1.Session
+	8,  // 58: cloudcode.v1.SessionService.CheckpointSession:output_type -> cloudcode.v1.Checkpoint
+	21, // 59: cloudcode.v1.SessionService.ListCheckpoints:output_type -> cloudcode.v1.ListCheckpointsResponse
+	3,  // 60: cloudcode.v1.SessionService.RestoreSession:output_type -> cloudcode.v1.Session
+	3,  // 61: cloudcode.v1.SessionService.ForkSession:output_type -> cloudcode.v1.Session
+	25, // 62: cloudcode.v1.SessionService.ReadArchive:output_type -> cloudcode.v1.ReadArchiveResponse
+	27, // 63: cloudcode.v1.SessionService.WriteArchive:output_type -> cloudcode.v1.WriteArchiveResponse
+	49, // [49:64] is the sub-list for method output_type
+	34, // [34:49] is the sub-list for method input_type
+	34, // [34:34] is the sub-list for extension type_name
+	34, // [34:34] is the sub-list for extension extendee
+	0,  // [0:34] is the sub-list for field type_name
 }
 
 func init() { file_cloudcode_v1_session_proto_init() }
@@ -1638,20 +3072,22 @@ func file_cloudcode_v1_session_proto_init() {
 	if File_cloudcode_v1_session_proto != nil {
 		return
 	}
-	file_cloudcode_v1_session_proto_msgTypes[11].OneofWrappers = []any{
+	file_cloudcode_v1_session_proto_msgTypes[2].OneofWrappers = []any{}
+	file_cloudcode_v1_session_proto_msgTypes[26].OneofWrappers = []any{
 		(*SessionEvent_Lifecycle)(nil),
 		(*SessionEvent_Opencode)(nil),
 		(*SessionEvent_Gap)(nil),
 		(*SessionEvent_Heartbeat)(nil),
 		(*SessionEvent_End)(nil),
+		(*SessionEvent_Checkpointed)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_cloudcode_v1_session_proto_rawDesc), len(file_cloudcode_v1_session_proto_rawDesc)),
-			NumEnums:      1,
-			NumMessages:   22,
+			NumEnums:      3,
+			NumMessages:   38,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -28,6 +28,14 @@ const (
 	SessionService_DeleteSession_FullMethodName      = "/cloudcode.v1.SessionService/DeleteSession"
 	SessionService_WatchSessionEvents_FullMethodName = "/cloudcode.v1.SessionService/WatchSessionEvents"
 	SessionService_ReadSessionLogs_FullMethodName    = "/cloudcode.v1.SessionService/ReadSessionLogs"
+	SessionService_SuspendSession_FullMethodName     = "/cloudcode.v1.SessionService/SuspendSession"
+	SessionService_ResumeSession_FullMethodName      = "/cloudcode.v1.SessionService/ResumeSession"
+	SessionService_CheckpointSession_FullMethodName  = "/cloudcode.v1.SessionService/CheckpointSession"
+	SessionService_ListCheckpoints_FullMethodName    = "/cloudcode.v1.SessionService/ListCheckpoints"
+	SessionService_RestoreSession_FullMethodName     = "/cloudcode.v1.SessionService/RestoreSession"
+	SessionService_ForkSession_FullMethodName        = "/cloudcode.v1.SessionService/ForkSession"
+	SessionService_ReadArchive_FullMethodName        = "/cloudcode.v1.SessionService/ReadArchive"
+	SessionService_WriteArchive_FullMethodName       = "/cloudcode.v1.SessionService/WriteArchive"
 )
 
 // SessionServiceClient is the client API for SessionService service.
@@ -58,10 +66,11 @@ type SessionServiceClient interface {
 	// Errors: NOT_FOUND; INVALID_ARGUMENT; ABORTED if etag is given and old;
 	// FAILED_PRECONDITION while the session is being deleted.
 	UpdateSession(ctx context.Context, in *UpdateSessionRequest, opts ...grpc.CallOption) (*Session, error)
-	// DeleteSession stops the session and removes its workspace. It answers with
-	// the session in state DELETING; the session is gone once its node has
-	// removed everything. Errors: NOT_FOUND (unless allow_missing); ABORTED if
-	// etag is given and old.
+	// DeleteSession stops the session and removes what its node has of it. It
+	// answers with the session in state DELETING; the session is gone once its
+	// node has removed everything. What is in object storage stays, complete up to
+	// the end, unless purge_storage is set. Errors: NOT_FOUND (unless
+	// allow_missing); ABORTED if etag is given and old.
 	DeleteSession(ctx context.Context, in *DeleteSessionRequest, opts ...grpc.CallOption) (*Session, error)
 	// WatchSessionEvents streams what happens in a session: its lifecycle and
 	// every event of its OpenCode server. Over HTTP it is a Server-Sent Events
@@ -75,6 +84,51 @@ type SessionServiceClient interface {
 	// Errors: NOT_FOUND; FAILED_PRECONDITION if the session is on no node yet;
 	// UNAVAILABLE if its node cannot be reached.
 	ReadSessionLogs(ctx context.Context, in *ReadSessionLogsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[LogEntry], error)
+	// SuspendSession ends the session's container. A session with object storage
+	// is saved first and takes nothing on any node from then on; another keeps its
+	// files on its node. It answers in state SUSPENDING or SUSPENDED.
+	// Errors: NOT_FOUND; ABORTED if etag is given and old; FAILED_PRECONDITION
+	// while the session is being deleted or is LOST.
+	SuspendSession(ctx context.Context, in *SuspendSessionRequest, opts ...grpc.CallOption) (*Session, error)
+	// ResumeSession starts a suspended session, with object storage on any node
+	// that fits. A LOST session with object storage is given up on its old node and
+	// goes on elsewhere from its newest checkpoint: the caller says with it that
+	// the old node is gone or cut off. A session that runs is left alone.
+	// Errors: NOT_FOUND; ABORTED if etag is given and old; FAILED_PRECONDITION
+	// while it is being deleted, or LOST with its files only on its node.
+	ResumeSession(ctx context.Context, in *ResumeSessionRequest, opts ...grpc.CallOption) (*Session, error)
+	// CheckpointSession saves the session now and answers once that is in object
+	// storage. Errors: NOT_FOUND; FAILED_PRECONDITION if the session has no object
+	// storage or does not run; UNAVAILABLE if node or object storage cannot be reached.
+	CheckpointSession(ctx context.Context, in *CheckpointSessionRequest, opts ...grpc.CallOption) (*Checkpoint, error)
+	// ListCheckpoints returns what the session can be restored to, newest first.
+	// Errors: NOT_FOUND; FAILED_PRECONDITION if the session has no object storage;
+	// UNAVAILABLE if that cannot be reached.
+	ListCheckpoints(ctx context.Context, in *ListCheckpointsRequest, opts ...grpc.CallOption) (*ListCheckpointsResponse, error)
+	// RestoreSession takes the session's files and chats back to a checkpoint. It
+	// is saved as it is first, so that this can be undone the same way; then its
+	// container starts anew. Only for storage mode SNAPSHOT.
+	// Errors: NOT_FOUND, also for the checkpoint; ABORTED if etag is given and
+	// old; FAILED_PRECONDITION; UNAVAILABLE.
+	RestoreSession(ctx context.Context, in *RestoreSessionRequest, opts ...grpc.CallOption) (*Session, error)
+	// ForkSession makes a new session that begins with what a checkpoint of this
+	// one holds; it shares the stored data. Only for storage mode SNAPSHOT.
+	// Errors: NOT_FOUND, also for the checkpoint; ALREADY_EXISTS if the id is
+	// taken; INVALID_ARGUMENT; FAILED_PRECONDITION; UNAVAILABLE.
+	ForkSession(ctx context.Context, in *ForkSessionRequest, opts ...grpc.CallOption) (*Session, error)
+	// ReadArchive streams a file or folder below /root/s3 as a tar archive: as it
+	// is now, or as a checkpoint holds it. A session that is on no node is read
+	// from its newest checkpoint. Over HTTP the answer is application/x-tar.
+	// Errors: NOT_FOUND; FAILED_PRECONDITION if there is nothing to read from;
+	// UNAVAILABLE.
+	ReadArchive(ctx context.Context, in *ReadArchiveRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ReadArchiveResponse], error)
+	// WriteArchive unpacks a tar archive into a folder below /root/s3 of a session
+	// that runs. The first message names session and folder, the rest is data. Over
+	// HTTP it is PUT /v1/sessions/{id}/archive?path=… with application/x-tar.
+	// Errors: NOT_FOUND; INVALID_ARGUMENT for what is no tar archive, or entries
+	// that would land outside of the folder; FAILED_PRECONDITION if the session
+	// does not run; RESOURCE_EXHAUSTED if the disk is full.
+	WriteArchive(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[WriteArchiveRequest, WriteArchiveResponse], error)
 }
 
 type sessionServiceClient struct {
@@ -173,6 +227,98 @@ func (c *sessionServiceClient) ReadSessionLogs(ctx context.Context, in *ReadSess
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type SessionService_ReadSessionLogsClient = grpc.ServerStreamingClient[LogEntry]
 
+func (c *sessionServiceClient) SuspendSession(ctx context.Context, in *SuspendSessionRequest, opts ...grpc.CallOption) (*Session, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Session)
+	err := c.cc.Invoke(ctx, SessionService_SuspendSession_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *sessionServiceClient) ResumeSession(ctx context.Context, in *ResumeSessionRequest, opts ...grpc.CallOption) (*Session, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Session)
+	err := c.cc.Invoke(ctx, SessionService_ResumeSession_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *sessionServiceClient) CheckpointSession(ctx context.Context, in *CheckpointSessionRequest, opts ...grpc.CallOption) (*Checkpoint, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Checkpoint)
+	err := c.cc.Invoke(ctx, SessionService_CheckpointSession_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *sessionServiceClient) ListCheckpoints(ctx context.Context, in *ListCheckpointsRequest, opts ...grpc.CallOption) (*ListCheckpointsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListCheckpointsResponse)
+	err := c.cc.Invoke(ctx, SessionService_ListCheckpoints_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *sessionServiceClient) RestoreSession(ctx context.Context, in *RestoreSessionRequest, opts ...grpc.CallOption) (*Session, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Session)
+	err := c.cc.Invoke(ctx, SessionService_RestoreSession_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *sessionServiceClient) ForkSession(ctx context.Context, in *ForkSessionRequest, opts ...grpc.CallOption) (*Session, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Session)
+	err := c.cc.Invoke(ctx, SessionService_ForkSession_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *sessionServiceClient) ReadArchive(ctx context.Context, in *ReadArchiveRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ReadArchiveResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &SessionService_ServiceDesc.Streams[2], SessionService_ReadArchive_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[ReadArchiveRequest, ReadArchiveResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type SessionService_ReadArchiveClient = grpc.ServerStreamingClient[ReadArchiveResponse]
+
+func (c *sessionServiceClient) WriteArchive(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[WriteArchiveRequest, WriteArchiveResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &SessionService_ServiceDesc.Streams[3], SessionService_WriteArchive_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[WriteArchiveRequest, WriteArchiveResponse]{ClientStream: stream}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type SessionService_WriteArchiveClient = grpc.ClientStreamingClient[WriteArchiveRequest, WriteArchiveResponse]
+
 // SessionServiceServer is the server API for SessionService service.
 // All implementations must embed UnimplementedSessionServiceServer
 // for forward compatibility.
@@ -201,10 +347,11 @@ type SessionServiceServer interface {
 	// Errors: NOT_FOUND; INVALID_ARGUMENT; ABORTED if etag is given and old;
 	// FAILED_PRECONDITION while the session is being deleted.
 	UpdateSession(context.Context, *UpdateSessionRequest) (*Session, error)
-	// DeleteSession stops the session and removes its workspace. It answers with
-	// the session in state DELETING; the session is gone once its node has
-	// removed everything. Errors: NOT_FOUND (unless allow_missing); ABORTED if
-	// etag is given and old.
+	// DeleteSession stops the session and removes what its node has of it. It
+	// answers with the session in state DELETING; the session is gone once its
+	// node has removed everything. What is in object storage stays, complete up to
+	// the end, unless purge_storage is set. Errors: NOT_FOUND (unless
+	// allow_missing); ABORTED if etag is given and old.
 	DeleteSession(context.Context, *DeleteSessionRequest) (*Session, error)
 	// WatchSessionEvents streams what happens in a session: its lifecycle and
 	// every event of its OpenCode server. Over HTTP it is a Server-Sent Events
@@ -218,6 +365,51 @@ type SessionServiceServer interface {
 	// Errors: NOT_FOUND; FAILED_PRECONDITION if the session is on no node yet;
 	// UNAVAILABLE if its node cannot be reached.
 	ReadSessionLogs(*ReadSessionLogsRequest, grpc.ServerStreamingServer[LogEntry]) error
+	// SuspendSession ends the session's container. A session with object storage
+	// is saved first and takes nothing on any node from then on; another keeps its
+	// files on its node. It answers in state SUSPENDING or SUSPENDED.
+	// Errors: NOT_FOUND; ABORTED if etag is given and old; FAILED_PRECONDITION
+	// while the session is being deleted or is LOST.
+	SuspendSession(context.Context, *SuspendSessionRequest) (*Session, error)
+	// ResumeSession starts a suspended session, with object storage on any node
+	// that fits. A LOST session with object storage is given up on its old node and
+	// goes on elsewhere from its newest checkpoint: the caller says with it that
+	// the old node is gone or cut off. A session that runs is left alone.
+	// Errors: NOT_FOUND; ABORTED if etag is given and old; FAILED_PRECONDITION
+	// while it is being deleted, or LOST with its files only on its node.
+	ResumeSession(context.Context, *ResumeSessionRequest) (*Session, error)
+	// CheckpointSession saves the session now and answers once that is in object
+	// storage. Errors: NOT_FOUND; FAILED_PRECONDITION if the session has no object
+	// storage or does not run; UNAVAILABLE if node or object storage cannot be reached.
+	CheckpointSession(context.Context, *CheckpointSessionRequest) (*Checkpoint, error)
+	// ListCheckpoints returns what the session can be restored to, newest first.
+	// Errors: NOT_FOUND; FAILED_PRECONDITION if the session has no object storage;
+	// UNAVAILABLE if that cannot be reached.
+	ListCheckpoints(context.Context, *ListCheckpointsRequest) (*ListCheckpointsResponse, error)
+	// RestoreSession takes the session's files and chats back to a checkpoint. It
+	// is saved as it is first, so that this can be undone the same way; then its
+	// container starts anew. Only for storage mode SNAPSHOT.
+	// Errors: NOT_FOUND, also for the checkpoint; ABORTED if etag is given and
+	// old; FAILED_PRECONDITION; UNAVAILABLE.
+	RestoreSession(context.Context, *RestoreSessionRequest) (*Session, error)
+	// ForkSession makes a new session that begins with what a checkpoint of this
+	// one holds; it shares the stored data. Only for storage mode SNAPSHOT.
+	// Errors: NOT_FOUND, also for the checkpoint; ALREADY_EXISTS if the id is
+	// taken; INVALID_ARGUMENT; FAILED_PRECONDITION; UNAVAILABLE.
+	ForkSession(context.Context, *ForkSessionRequest) (*Session, error)
+	// ReadArchive streams a file or folder below /root/s3 as a tar archive: as it
+	// is now, or as a checkpoint holds it. A session that is on no node is read
+	// from its newest checkpoint. Over HTTP the answer is application/x-tar.
+	// Errors: NOT_FOUND; FAILED_PRECONDITION if there is nothing to read from;
+	// UNAVAILABLE.
+	ReadArchive(*ReadArchiveRequest, grpc.ServerStreamingServer[ReadArchiveResponse]) error
+	// WriteArchive unpacks a tar archive into a folder below /root/s3 of a session
+	// that runs. The first message names session and folder, the rest is data. Over
+	// HTTP it is PUT /v1/sessions/{id}/archive?path=… with application/x-tar.
+	// Errors: NOT_FOUND; INVALID_ARGUMENT for what is no tar archive, or entries
+	// that would land outside of the folder; FAILED_PRECONDITION if the session
+	// does not run; RESOURCE_EXHAUSTED if the disk is full.
+	WriteArchive(grpc.ClientStreamingServer[WriteArchiveRequest, WriteArchiveResponse]) error
 	mustEmbedUnimplementedSessionServiceServer()
 }
 
@@ -248,6 +440,30 @@ func (UnimplementedSessionServiceServer) WatchSessionEvents(*WatchSessionEventsR
 }
 func (UnimplementedSessionServiceServer) ReadSessionLogs(*ReadSessionLogsRequest, grpc.ServerStreamingServer[LogEntry]) error {
 	return status.Error(codes.Unimplemented, "method ReadSessionLogs not implemented")
+}
+func (UnimplementedSessionServiceServer) SuspendSession(context.Context, *SuspendSessionRequest) (*Session, error) {
+	return nil, status.Error(codes.Unimplemented, "method SuspendSession not implemented")
+}
+func (UnimplementedSessionServiceServer) ResumeSession(context.Context, *ResumeSessionRequest) (*Session, error) {
+	return nil, status.Error(codes.Unimplemented, "method ResumeSession not implemented")
+}
+func (UnimplementedSessionServiceServer) CheckpointSession(context.Context, *CheckpointSessionRequest) (*Checkpoint, error) {
+	return nil, status.Error(codes.Unimplemented, "method CheckpointSession not implemented")
+}
+func (UnimplementedSessionServiceServer) ListCheckpoints(context.Context, *ListCheckpointsRequest) (*ListCheckpointsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListCheckpoints not implemented")
+}
+func (UnimplementedSessionServiceServer) RestoreSession(context.Context, *RestoreSessionRequest) (*Session, error) {
+	return nil, status.Error(codes.Unimplemented, "method RestoreSession not implemented")
+}
+func (UnimplementedSessionServiceServer) ForkSession(context.Context, *ForkSessionRequest) (*Session, error) {
+	return nil, status.Error(codes.Unimplemented, "method ForkSession not implemented")
+}
+func (UnimplementedSessionServiceServer) ReadArchive(*ReadArchiveRequest, grpc.ServerStreamingServer[ReadArchiveResponse]) error {
+	return status.Error(codes.Unimplemented, "method ReadArchive not implemented")
+}
+func (UnimplementedSessionServiceServer) WriteArchive(grpc.ClientStreamingServer[WriteArchiveRequest, WriteArchiveResponse]) error {
+	return status.Error(codes.Unimplemented, "method WriteArchive not implemented")
 }
 func (UnimplementedSessionServiceServer) mustEmbedUnimplementedSessionServiceServer() {}
 func (UnimplementedSessionServiceServer) testEmbeddedByValue()                        {}
@@ -382,6 +598,132 @@ func _SessionService_ReadSessionLogs_Handler(srv interface{}, stream grpc.Server
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type SessionService_ReadSessionLogsServer = grpc.ServerStreamingServer[LogEntry]
 
+func _SessionService_SuspendSession_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SuspendSessionRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SessionServiceServer).SuspendSession(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SessionService_SuspendSession_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SessionServiceServer).SuspendSession(ctx, req.(*SuspendSessionRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _SessionService_ResumeSession_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ResumeSessionRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SessionServiceServer).ResumeSession(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SessionService_ResumeSession_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SessionServiceServer).ResumeSession(ctx, req.(*ResumeSessionRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _SessionService_CheckpointSession_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CheckpointSessionRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SessionServiceServer).CheckpointSession(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SessionService_CheckpointSession_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SessionServiceServer).CheckpointSession(ctx, req.(*CheckpointSessionRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _SessionService_ListCheckpoints_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListCheckpointsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SessionServiceServer).ListCheckpoints(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SessionService_ListCheckpoints_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SessionServiceServer).ListCheckpoints(ctx, req.(*ListCheckpointsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _SessionService_RestoreSession_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RestoreSessionRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SessionServiceServer).RestoreSession(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SessionService_RestoreSession_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SessionServiceServer).RestoreSession(ctx, req.(*RestoreSessionRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _SessionService_ForkSession_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ForkSessionRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SessionServiceServer).ForkSession(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SessionService_ForkSession_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SessionServiceServer).ForkSession(ctx, req.(*ForkSessionRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _SessionService_ReadArchive_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(ReadArchiveRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(SessionServiceServer).ReadArchive(m, &grpc.GenericServerStream[ReadArchiveRequest, ReadArchiveResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type SessionService_ReadArchiveServer = grpc.ServerStreamingServer[ReadArchiveResponse]
+
+func _SessionService_WriteArchive_Handler(srv interface{}, stream grpc.ServerStream) error {
+	return srv.(SessionServiceServer).WriteArchive(&grpc.GenericServerStream[WriteArchiveRequest, WriteArchiveResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type SessionService_WriteArchiveServer = grpc.ClientStreamingServer[WriteArchiveRequest, WriteArchiveResponse]
+
 // SessionService_ServiceDesc is the grpc.ServiceDesc for SessionService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -409,6 +751,30 @@ var SessionService_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "DeleteSession",
 			Handler:    _SessionService_DeleteSession_Handler,
 		},
+		{
+			MethodName: "SuspendSession",
+			Handler:    _SessionService_SuspendSession_Handler,
+		},
+		{
+			MethodName: "ResumeSession",
+			Handler:    _SessionService_ResumeSession_Handler,
+		},
+		{
+			MethodName: "CheckpointSession",
+			Handler:    _SessionService_CheckpointSession_Handler,
+		},
+		{
+			MethodName: "ListCheckpoints",
+			Handler:    _SessionService_ListCheckpoints_Handler,
+		},
+		{
+			MethodName: "RestoreSession",
+			Handler:    _SessionService_RestoreSession_Handler,
+		},
+		{
+			MethodName: "ForkSession",
+			Handler:    _SessionService_ForkSession_Handler,
+		},
 	},
 	Streams: []grpc.StreamDesc{
 		{
@@ -420,6 +786,16 @@ var SessionService_ServiceDesc = grpc.ServiceDesc{
 			StreamName:    "ReadSessionLogs",
 			Handler:       _SessionService_ReadSessionLogs_Handler,
 			ServerStreams: true,
+		},
+		{
+			StreamName:    "ReadArchive",
+			Handler:       _SessionService_ReadArchive_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "WriteArchive",
+			Handler:       _SessionService_WriteArchive_Handler,
+			ClientStreams: true,
 		},
 	},
 	Metadata: "cloudcode/v1/session.proto",

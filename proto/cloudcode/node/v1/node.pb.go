@@ -81,8 +81,10 @@ const (
 	Assignment_DESIRED_STATE_UNSPECIFIED Assignment_DesiredState = 0
 	// Keep it running.
 	Assignment_RUN Assignment_DesiredState = 1
-	// Stop it and remove its workspace.
+	// Save it, stop it and remove what is on the node. What is in object storage stays.
 	Assignment_DELETE Assignment_DesiredState = 2
+	// Save it and stop it; with object storage, remove what is on the node.
+	Assignment_SUSPEND Assignment_DesiredState = 3
 )
 
 // Enum value maps for Assignment_DesiredState.
@@ -91,11 +93,13 @@ var (
 		0: "DESIRED_STATE_UNSPECIFIED",
 		1: "RUN",
 		2: "DELETE",
+		3: "SUSPEND",
 	}
 	Assignment_DesiredState_value = map[string]int32{
 		"DESIRED_STATE_UNSPECIFIED": 0,
 		"RUN":                       1,
 		"DELETE":                    2,
+		"SUSPEND":                   3,
 	}
 )
 
@@ -135,6 +139,10 @@ const (
 	SessionStatus_FAILED            SessionStatus_State = 3
 	// Deleted here: container and workspace are gone.
 	SessionStatus_GONE SessionStatus_State = 4
+	// Being saved, on its way to SUSPENDED.
+	SessionStatus_SUSPENDING SessionStatus_State = 5
+	// Stopped here; with object storage it is saved, and gone from here.
+	SessionStatus_SUSPENDED SessionStatus_State = 6
 )
 
 // Enum value maps for SessionStatus_State.
@@ -145,6 +153,8 @@ var (
 		2: "RUNNING",
 		3: "FAILED",
 		4: "GONE",
+		5: "SUSPENDING",
+		6: "SUSPENDED",
 	}
 	SessionStatus_State_value = map[string]int32{
 		"STATE_UNSPECIFIED": 0,
@@ -152,6 +162,8 @@ var (
 		"RUNNING":           2,
 		"FAILED":            3,
 		"GONE":              4,
+		"SUSPENDING":        5,
+		"SUSPENDED":         6,
 	}
 )
 
@@ -179,7 +191,7 @@ func (x SessionStatus_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use SessionStatus_State.Descriptor instead.
 func (SessionStatus_State) EnumDescriptor() ([]byte, []int) {
-	return file_cloudcode_node_v1_node_proto_rawDescGZIP(), []int{14, 0}
+	return file_cloudcode_node_v1_node_proto_rawDescGZIP(), []int{15, 0}
 }
 
 type ReportResult_Code int32
@@ -234,7 +246,7 @@ func (x ReportResult_Code) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use ReportResult_Code.Descriptor instead.
 func (ReportResult_Code) EnumDescriptor() ([]byte, []int) {
-	return file_cloudcode_node_v1_node_proto_rawDescGZIP(), []int{16, 0}
+	return file_cloudcode_node_v1_node_proto_rawDescGZIP(), []int{17, 0}
 }
 
 type JoinRequest struct {
@@ -939,9 +951,16 @@ type Assignment struct {
 	OpencodePassword string `protobuf:"bytes,6,opt,name=opencode_password,json=opencodePassword,proto3" json:"opencode_password,omitempty"`
 	// The session has run on this node: if its workspace is not there, that is a
 	// loss to be told, not a new session.
-	HasWorkspace  bool `protobuf:"varint,7,opt,name=has_workspace,json=hasWorkspace,proto3" json:"has_workspace,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	HasWorkspace bool `protobuf:"varint,7,opt,name=has_workspace,json=hasWorkspace,proto3" json:"has_workspace,omitempty"`
+	// Object storage; unset: the workspace is on the node's disk alone.
+	Storage *AssignedStorage `protobuf:"bytes,8,opt,name=storage,proto3" json:"storage,omitempty"`
+	// Of the session, to be kept with its checkpoints.
+	Labels map[string]string `protobuf:"bytes,9,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// Unless it is empty: the checkpoint that the session is taken back to at
+	// the start of this generation, once.
+	RestoreCheckpoint string `protobuf:"bytes,10,opt,name=restore_checkpoint,json=restoreCheckpoint,proto3" json:"restore_checkpoint,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
 }
 
 func (x *Assignment) Reset() {
@@ -1023,6 +1042,157 @@ func (x *Assignment) GetHasWorkspace() bool {
 	return false
 }
 
+func (x *Assignment) GetStorage() *AssignedStorage {
+	if x != nil {
+		return x.Storage
+	}
+	return nil
+}
+
+func (x *Assignment) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+func (x *Assignment) GetRestoreCheckpoint() string {
+	if x != nil {
+		return x.RestoreCheckpoint
+	}
+	return ""
+}
+
+// AssignedStorage is all that a node needs to keep a session in object storage.
+type AssignedStorage struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// MOUNT or SNAPSHOT.
+	Mode            v1.Storage_Mode `protobuf:"varint,1,opt,name=mode,proto3,enum=cloudcode.v1.Storage_Mode" json:"mode,omitempty"`
+	Endpoint        string          `protobuf:"bytes,2,opt,name=endpoint,proto3" json:"endpoint,omitempty"`
+	Bucket          string          `protobuf:"bytes,3,opt,name=bucket,proto3" json:"bucket,omitempty"`
+	AccessKeyId     string          `protobuf:"bytes,4,opt,name=access_key_id,json=accessKeyId,proto3" json:"access_key_id,omitempty"`
+	SecretAccessKey string          `protobuf:"bytes,5,opt,name=secret_access_key,json=secretAccessKey,proto3" json:"secret_access_key,omitempty"`
+	// Never empty; `auto` is resolved by the server where it must be.
+	Region    string `protobuf:"bytes,6,opt,name=region,proto3" json:"region,omitempty"`
+	PathStyle bool   `protobuf:"varint,7,opt,name=path_style,json=pathStyle,proto3" json:"path_style,omitempty"`
+	// Prefix of everything in the bucket, without slashes at its ends; may be empty.
+	Root string `protobuf:"bytes,8,opt,name=root,proto3" json:"root,omitempty"`
+	// The session's folder below root; may be empty.
+	Prefix       string `protobuf:"bytes,9,opt,name=prefix,proto3" json:"prefix,omitempty"`
+	TigrisfsArgs string `protobuf:"bytes,10,opt,name=tigrisfs_args,json=tigrisfsArgs,proto3" json:"tigrisfs_args,omitempty"`
+	// 32 bytes, or empty: checkpoints are not encrypted.
+	EncryptionKey []byte `protobuf:"bytes,11,opt,name=encryption_key,json=encryptionKey,proto3" json:"encryption_key,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AssignedStorage) Reset() {
+	*x = AssignedStorage{}
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AssignedStorage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AssignedStorage) ProtoMessage() {}
+
+func (x *AssignedStorage) ProtoReflect() protoreflect.Message {
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AssignedStorage.ProtoReflect.Descriptor instead.
+func (*AssignedStorage) Descriptor() ([]byte, []int) {
+	return file_cloudcode_node_v1_node_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *AssignedStorage) GetMode() v1.Storage_Mode {
+	if x != nil {
+		return x.Mode
+	}
+	return v1.Storage_Mode(0)
+}
+
+func (x *AssignedStorage) GetEndpoint() string {
+	if x != nil {
+		return x.Endpoint
+	}
+	return ""
+}
+
+func (x *AssignedStorage) GetBucket() string {
+	if x != nil {
+		return x.Bucket
+	}
+	return ""
+}
+
+func (x *AssignedStorage) GetAccessKeyId() string {
+	if x != nil {
+		return x.AccessKeyId
+	}
+	return ""
+}
+
+func (x *AssignedStorage) GetSecretAccessKey() string {
+	if x != nil {
+		return x.SecretAccessKey
+	}
+	return ""
+}
+
+func (x *AssignedStorage) GetRegion() string {
+	if x != nil {
+		return x.Region
+	}
+	return ""
+}
+
+func (x *AssignedStorage) GetPathStyle() bool {
+	if x != nil {
+		return x.PathStyle
+	}
+	return false
+}
+
+func (x *AssignedStorage) GetRoot() string {
+	if x != nil {
+		return x.Root
+	}
+	return ""
+}
+
+func (x *AssignedStorage) GetPrefix() string {
+	if x != nil {
+		return x.Prefix
+	}
+	return ""
+}
+
+func (x *AssignedStorage) GetTigrisfsArgs() string {
+	if x != nil {
+		return x.TigrisfsArgs
+	}
+	return ""
+}
+
+func (x *AssignedStorage) GetEncryptionKey() []byte {
+	if x != nil {
+		return x.EncryptionKey
+	}
+	return nil
+}
+
 type ReportStatusRequest struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	RegistrationId string                 `protobuf:"bytes,1,opt,name=registration_id,json=registrationId,proto3" json:"registration_id,omitempty"`
@@ -1033,7 +1203,7 @@ type ReportStatusRequest struct {
 
 func (x *ReportStatusRequest) Reset() {
 	*x = ReportStatusRequest{}
-	mi := &file_cloudcode_node_v1_node_proto_msgTypes[13]
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1045,7 +1215,7 @@ func (x *ReportStatusRequest) String() string {
 func (*ReportStatusRequest) ProtoMessage() {}
 
 func (x *ReportStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_cloudcode_node_v1_node_proto_msgTypes[13]
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1058,7 +1228,7 @@ func (x *ReportStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportStatusRequest.ProtoReflect.Descriptor instead.
 func (*ReportStatusRequest) Descriptor() ([]byte, []int) {
-	return file_cloudcode_node_v1_node_proto_rawDescGZIP(), []int{13}
+	return file_cloudcode_node_v1_node_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ReportStatusRequest) GetRegistrationId() string {
@@ -1088,13 +1258,14 @@ type SessionStatus struct {
 	RestartCount    int32                  `protobuf:"varint,8,opt,name=restart_count,json=restartCount,proto3" json:"restart_count,omitempty"`
 	ReadyTime       *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=ready_time,json=readyTime,proto3" json:"ready_time,omitempty"`
 	OpencodeVersion string                 `protobuf:"bytes,10,opt,name=opencode_version,json=opencodeVersion,proto3" json:"opencode_version,omitempty"`
+	Storage         *v1.StorageStatus      `protobuf:"bytes,11,opt,name=storage,proto3" json:"storage,omitempty"`
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
 
 func (x *SessionStatus) Reset() {
 	*x = SessionStatus{}
-	mi := &file_cloudcode_node_v1_node_proto_msgTypes[14]
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1106,7 +1277,7 @@ func (x *SessionStatus) String() string {
 func (*SessionStatus) ProtoMessage() {}
 
 func (x *SessionStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_cloudcode_node_v1_node_proto_msgTypes[14]
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1119,7 +1290,7 @@ func (x *SessionStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SessionStatus.ProtoReflect.Descriptor instead.
 func (*SessionStatus) Descriptor() ([]byte, []int) {
-	return file_cloudcode_node_v1_node_proto_rawDescGZIP(), []int{14}
+	return file_cloudcode_node_v1_node_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *SessionStatus) GetSessionId() string {
@@ -1192,6 +1363,13 @@ func (x *SessionStatus) GetOpencodeVersion() string {
 	return ""
 }
 
+func (x *SessionStatus) GetStorage() *v1.StorageStatus {
+	if x != nil {
+		return x.Storage
+	}
+	return nil
+}
+
 type ReportStatusResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// One for each status, in the same order.
@@ -1202,7 +1380,7 @@ type ReportStatusResponse struct {
 
 func (x *ReportStatusResponse) Reset() {
 	*x = ReportStatusResponse{}
-	mi := &file_cloudcode_node_v1_node_proto_msgTypes[15]
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1214,7 +1392,7 @@ func (x *ReportStatusResponse) String() string {
 func (*ReportStatusResponse) ProtoMessage() {}
 
 func (x *ReportStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_cloudcode_node_v1_node_proto_msgTypes[15]
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1227,7 +1405,7 @@ func (x *ReportStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportStatusResponse.ProtoReflect.Descriptor instead.
 func (*ReportStatusResponse) Descriptor() ([]byte, []int) {
-	return file_cloudcode_node_v1_node_proto_rawDescGZIP(), []int{15}
+	return file_cloudcode_node_v1_node_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ReportStatusResponse) GetResults() []*ReportResult {
@@ -1246,7 +1424,7 @@ type ReportResult struct {
 
 func (x *ReportResult) Reset() {
 	*x = ReportResult{}
-	mi := &file_cloudcode_node_v1_node_proto_msgTypes[16]
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1258,7 +1436,7 @@ func (x *ReportResult) String() string {
 func (*ReportResult) ProtoMessage() {}
 
 func (x *ReportResult) ProtoReflect() protoreflect.Message {
-	mi := &file_cloudcode_node_v1_node_proto_msgTypes[16]
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1271,7 +1449,7 @@ func (x *ReportResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResult.ProtoReflect.Descriptor instead.
 func (*ReportResult) Descriptor() ([]byte, []int) {
-	return file_cloudcode_node_v1_node_proto_rawDescGZIP(), []int{16}
+	return file_cloudcode_node_v1_node_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ReportResult) GetCode() ReportResult_Code {
@@ -1279,6 +1457,322 @@ func (x *ReportResult) GetCode() ReportResult_Code {
 		return x.Code
 	}
 	return ReportResult_CODE_UNSPECIFIED
+}
+
+type CheckpointRequest struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	SessionId string                 `protobuf:"bytes,1,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
+	// As of Checkpoint.trigger.
+	Trigger       string `protobuf:"bytes,2,opt,name=trigger,proto3" json:"trigger,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckpointRequest) Reset() {
+	*x = CheckpointRequest{}
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckpointRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckpointRequest) ProtoMessage() {}
+
+func (x *CheckpointRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckpointRequest.ProtoReflect.Descriptor instead.
+func (*CheckpointRequest) Descriptor() ([]byte, []int) {
+	return file_cloudcode_node_v1_node_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *CheckpointRequest) GetSessionId() string {
+	if x != nil {
+		return x.SessionId
+	}
+	return ""
+}
+
+func (x *CheckpointRequest) GetTrigger() string {
+	if x != nil {
+		return x.Trigger
+	}
+	return ""
+}
+
+type CheckpointResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Checkpoint    *v1.Checkpoint         `protobuf:"bytes,1,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckpointResponse) Reset() {
+	*x = CheckpointResponse{}
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckpointResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckpointResponse) ProtoMessage() {}
+
+func (x *CheckpointResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckpointResponse.ProtoReflect.Descriptor instead.
+func (*CheckpointResponse) Descriptor() ([]byte, []int) {
+	return file_cloudcode_node_v1_node_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *CheckpointResponse) GetCheckpoint() *v1.Checkpoint {
+	if x != nil {
+		return x.Checkpoint
+	}
+	return nil
+}
+
+type ReadArchiveRequest struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	SessionId string                 `protobuf:"bytes,1,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
+	// As in the public API.
+	Path          string `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadArchiveRequest) Reset() {
+	*x = ReadArchiveRequest{}
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadArchiveRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadArchiveRequest) ProtoMessage() {}
+
+func (x *ReadArchiveRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadArchiveRequest.ProtoReflect.Descriptor instead.
+func (*ReadArchiveRequest) Descriptor() ([]byte, []int) {
+	return file_cloudcode_node_v1_node_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *ReadArchiveRequest) GetSessionId() string {
+	if x != nil {
+		return x.SessionId
+	}
+	return ""
+}
+
+func (x *ReadArchiveRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+type ReadArchiveResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Data  []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	// In the first message only; 0 if not known.
+	EstimatedBytes int64 `protobuf:"varint,2,opt,name=estimated_bytes,json=estimatedBytes,proto3" json:"estimated_bytes,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *ReadArchiveResponse) Reset() {
+	*x = ReadArchiveResponse{}
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadArchiveResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadArchiveResponse) ProtoMessage() {}
+
+func (x *ReadArchiveResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadArchiveResponse.ProtoReflect.Descriptor instead.
+func (*ReadArchiveResponse) Descriptor() ([]byte, []int) {
+	return file_cloudcode_node_v1_node_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *ReadArchiveResponse) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+func (x *ReadArchiveResponse) GetEstimatedBytes() int64 {
+	if x != nil {
+		return x.EstimatedBytes
+	}
+	return 0
+}
+
+type WriteArchiveRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// In the first message only, like path.
+	SessionId     string `protobuf:"bytes,1,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
+	Path          string `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	Data          []byte `protobuf:"bytes,3,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WriteArchiveRequest) Reset() {
+	*x = WriteArchiveRequest{}
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WriteArchiveRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WriteArchiveRequest) ProtoMessage() {}
+
+func (x *WriteArchiveRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WriteArchiveRequest.ProtoReflect.Descriptor instead.
+func (*WriteArchiveRequest) Descriptor() ([]byte, []int) {
+	return file_cloudcode_node_v1_node_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *WriteArchiveRequest) GetSessionId() string {
+	if x != nil {
+		return x.SessionId
+	}
+	return ""
+}
+
+func (x *WriteArchiveRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *WriteArchiveRequest) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+type WriteArchiveResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Files         int64                  `protobuf:"varint,1,opt,name=files,proto3" json:"files,omitempty"`
+	Bytes         int64                  `protobuf:"varint,2,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WriteArchiveResponse) Reset() {
+	*x = WriteArchiveResponse{}
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WriteArchiveResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WriteArchiveResponse) ProtoMessage() {}
+
+func (x *WriteArchiveResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WriteArchiveResponse.ProtoReflect.Descriptor instead.
+func (*WriteArchiveResponse) Descriptor() ([]byte, []int) {
+	return file_cloudcode_node_v1_node_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *WriteArchiveResponse) GetFiles() int64 {
+	if x != nil {
+		return x.Files
+	}
+	return 0
+}
+
+func (x *WriteArchiveResponse) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
 }
 
 type WatchEventsRequest struct {
@@ -1293,7 +1787,7 @@ type WatchEventsRequest struct {
 
 func (x *WatchEventsRequest) Reset() {
 	*x = WatchEventsRequest{}
-	mi := &file_cloudcode_node_v1_node_proto_msgTypes[17]
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1305,7 +1799,7 @@ func (x *WatchEventsRequest) String() string {
 func (*WatchEventsRequest) ProtoMessage() {}
 
 func (x *WatchEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_cloudcode_node_v1_node_proto_msgTypes[17]
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1318,7 +1812,7 @@ func (x *WatchEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchEventsRequest.ProtoReflect.Descriptor instead.
 func (*WatchEventsRequest) Descriptor() ([]byte, []int) {
-	return file_cloudcode_node_v1_node_proto_rawDescGZIP(), []int{17}
+	return file_cloudcode_node_v1_node_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *WatchEventsRequest) GetSessionId() string {
@@ -1355,7 +1849,7 @@ type WatchEventsResponse struct {
 
 func (x *WatchEventsResponse) Reset() {
 	*x = WatchEventsResponse{}
-	mi := &file_cloudcode_node_v1_node_proto_msgTypes[18]
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1367,7 +1861,7 @@ func (x *WatchEventsResponse) String() string {
 func (*WatchEventsResponse) ProtoMessage() {}
 
 func (x *WatchEventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_cloudcode_node_v1_node_proto_msgTypes[18]
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1380,7 +1874,7 @@ func (x *WatchEventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchEventsResponse.ProtoReflect.Descriptor instead.
 func (*WatchEventsResponse) Descriptor() ([]byte, []int) {
-	return file_cloudcode_node_v1_node_proto_rawDescGZIP(), []int{18}
+	return file_cloudcode_node_v1_node_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *WatchEventsResponse) GetUpdate() isWatchEventsResponse_Update {
@@ -1441,7 +1935,7 @@ type RingPosition struct {
 
 func (x *RingPosition) Reset() {
 	*x = RingPosition{}
-	mi := &file_cloudcode_node_v1_node_proto_msgTypes[19]
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1453,7 +1947,7 @@ func (x *RingPosition) String() string {
 func (*RingPosition) ProtoMessage() {}
 
 func (x *RingPosition) ProtoReflect() protoreflect.Message {
-	mi := &file_cloudcode_node_v1_node_proto_msgTypes[19]
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1466,7 +1960,7 @@ func (x *RingPosition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RingPosition.ProtoReflect.Descriptor instead.
 func (*RingPosition) Descriptor() ([]byte, []int) {
-	return file_cloudcode_node_v1_node_proto_rawDescGZIP(), []int{19}
+	return file_cloudcode_node_v1_node_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *RingPosition) GetFirst() uint64 {
@@ -1506,7 +2000,7 @@ type RingEvents struct {
 
 func (x *RingEvents) Reset() {
 	*x = RingEvents{}
-	mi := &file_cloudcode_node_v1_node_proto_msgTypes[20]
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1518,7 +2012,7 @@ func (x *RingEvents) String() string {
 func (*RingEvents) ProtoMessage() {}
 
 func (x *RingEvents) ProtoReflect() protoreflect.Message {
-	mi := &file_cloudcode_node_v1_node_proto_msgTypes[20]
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1531,7 +2025,7 @@ func (x *RingEvents) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RingEvents.ProtoReflect.Descriptor instead.
 func (*RingEvents) Descriptor() ([]byte, []int) {
-	return file_cloudcode_node_v1_node_proto_rawDescGZIP(), []int{20}
+	return file_cloudcode_node_v1_node_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *RingEvents) GetEvents() []*RingEvent {
@@ -1548,7 +2042,8 @@ type RingEvent struct {
 	Type      string                 `protobuf:"bytes,3,opt,name=type,proto3" json:"type,omitempty"`
 	Directory string                 `protobuf:"bytes,4,opt,name=directory,proto3" json:"directory,omitempty"`
 	// Verbatim JSON of OpenCode's frame. Empty if type is `cloudcode.gap`: events
-	// before this one are missing.
+	// before this one are missing. A cloudcode.v1.Checkpoint in JSON if type is
+	// `cloudcode.checkpointed`.
 	Frame []byte `protobuf:"bytes,5,opt,name=frame,proto3" json:"frame,omitempty"`
 	// Of the assignment under which the event came.
 	Generation    int64 `protobuf:"varint,6,opt,name=generation,proto3" json:"generation,omitempty"`
@@ -1558,7 +2053,7 @@ type RingEvent struct {
 
 func (x *RingEvent) Reset() {
 	*x = RingEvent{}
-	mi := &file_cloudcode_node_v1_node_proto_msgTypes[21]
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1570,7 +2065,7 @@ func (x *RingEvent) String() string {
 func (*RingEvent) ProtoMessage() {}
 
 func (x *RingEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_cloudcode_node_v1_node_proto_msgTypes[21]
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1583,7 +2078,7 @@ func (x *RingEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RingEvent.ProtoReflect.Descriptor instead.
 func (*RingEvent) Descriptor() ([]byte, []int) {
-	return file_cloudcode_node_v1_node_proto_rawDescGZIP(), []int{21}
+	return file_cloudcode_node_v1_node_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *RingEvent) GetSequence() uint64 {
@@ -1639,7 +2134,7 @@ type ReadLogsRequest struct {
 
 func (x *ReadLogsRequest) Reset() {
 	*x = ReadLogsRequest{}
-	mi := &file_cloudcode_node_v1_node_proto_msgTypes[22]
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1651,7 +2146,7 @@ func (x *ReadLogsRequest) String() string {
 func (*ReadLogsRequest) ProtoMessage() {}
 
 func (x *ReadLogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_cloudcode_node_v1_node_proto_msgTypes[22]
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1664,7 +2159,7 @@ func (x *ReadLogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadLogsRequest.ProtoReflect.Descriptor instead.
 func (*ReadLogsRequest) Descriptor() ([]byte, []int) {
-	return file_cloudcode_node_v1_node_proto_rawDescGZIP(), []int{22}
+	return file_cloudcode_node_v1_node_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ReadLogsRequest) GetSessionId() string {
@@ -1697,7 +2192,7 @@ type ReadLogsResponse struct {
 
 func (x *ReadLogsResponse) Reset() {
 	*x = ReadLogsResponse{}
-	mi := &file_cloudcode_node_v1_node_proto_msgTypes[23]
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1709,7 +2204,7 @@ func (x *ReadLogsResponse) String() string {
 func (*ReadLogsResponse) ProtoMessage() {}
 
 func (x *ReadLogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_cloudcode_node_v1_node_proto_msgTypes[23]
+	mi := &file_cloudcode_node_v1_node_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1722,7 +2217,7 @@ func (x *ReadLogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadLogsResponse.ProtoReflect.Descriptor instead.
 func (*ReadLogsResponse) Descriptor() ([]byte, []int) {
-	return file_cloudcode_node_v1_node_proto_rawDescGZIP(), []int{23}
+	return file_cloudcode_node_v1_node_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ReadLogsResponse) GetEntries() []*v1.LogEntry {
@@ -1783,7 +2278,7 @@ const file_cloudcode_node_v1_node_proto_rawDesc = "" +
 	"\bgateways\x18\x01 \x03(\v2\x1a.cloudcode.node.v1.GatewayR\bgateways\"3\n" +
 	"\aGateway\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
-	"\aaddress\x18\x02 \x01(\tR\aaddress\"\x82\x03\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\"\xfa\x04\n" +
 	"\n" +
 	"Assignment\x12\x1d\n" +
 	"\n" +
@@ -1796,15 +2291,37 @@ const file_cloudcode_node_v1_node_proto_rawDesc = "" +
 	"\rdesired_state\x18\x04 \x01(\x0e2*.cloudcode.node.v1.Assignment.DesiredStateR\fdesiredState\x12-\n" +
 	"\x04spec\x18\x05 \x01(\v2\x19.cloudcode.v1.SessionSpecR\x04spec\x12+\n" +
 	"\x11opencode_password\x18\x06 \x01(\tR\x10opencodePassword\x12#\n" +
-	"\rhas_workspace\x18\a \x01(\bR\fhasWorkspace\"B\n" +
+	"\rhas_workspace\x18\a \x01(\bR\fhasWorkspace\x12<\n" +
+	"\astorage\x18\b \x01(\v2\".cloudcode.node.v1.AssignedStorageR\astorage\x12A\n" +
+	"\x06labels\x18\t \x03(\v2).cloudcode.node.v1.Assignment.LabelsEntryR\x06labels\x12-\n" +
+	"\x12restore_checkpoint\x18\n" +
+	" \x01(\tR\x11restoreCheckpoint\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"O\n" +
 	"\fDesiredState\x12\x1d\n" +
 	"\x19DESIRED_STATE_UNSPECIFIED\x10\x00\x12\a\n" +
 	"\x03RUN\x10\x01\x12\n" +
 	"\n" +
-	"\x06DELETE\x10\x02\"|\n" +
+	"\x06DELETE\x10\x02\x12\v\n" +
+	"\aSUSPEND\x10\x03\"\xf4\x02\n" +
+	"\x0fAssignedStorage\x12.\n" +
+	"\x04mode\x18\x01 \x01(\x0e2\x1a.cloudcode.v1.Storage.ModeR\x04mode\x12\x1a\n" +
+	"\bendpoint\x18\x02 \x01(\tR\bendpoint\x12\x16\n" +
+	"\x06bucket\x18\x03 \x01(\tR\x06bucket\x12\"\n" +
+	"\raccess_key_id\x18\x04 \x01(\tR\vaccessKeyId\x12*\n" +
+	"\x11secret_access_key\x18\x05 \x01(\tR\x0fsecretAccessKey\x12\x16\n" +
+	"\x06region\x18\x06 \x01(\tR\x06region\x12\x1d\n" +
+	"\n" +
+	"path_style\x18\a \x01(\bR\tpathStyle\x12\x12\n" +
+	"\x04root\x18\b \x01(\tR\x04root\x12\x16\n" +
+	"\x06prefix\x18\t \x01(\tR\x06prefix\x12#\n" +
+	"\rtigrisfs_args\x18\n" +
+	" \x01(\tR\ftigrisfsArgs\x12%\n" +
+	"\x0eencryption_key\x18\v \x01(\fR\rencryptionKey\"|\n" +
 	"\x13ReportStatusRequest\x12'\n" +
 	"\x0fregistration_id\x18\x01 \x01(\tR\x0eregistrationId\x12<\n" +
-	"\bstatuses\x18\x02 \x03(\v2 .cloudcode.node.v1.SessionStatusR\bstatuses\"\xf4\x03\n" +
+	"\bstatuses\x18\x02 \x03(\v2 .cloudcode.node.v1.SessionStatusR\bstatuses\"\xca\x04\n" +
 	"\rSessionStatus\x12\x1d\n" +
 	"\n" +
 	"session_id\x18\x01 \x01(\tR\tsessionId\x12\x1f\n" +
@@ -1821,14 +2338,18 @@ const file_cloudcode_node_v1_node_proto_rawDesc = "" +
 	"\n" +
 	"ready_time\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\treadyTime\x12)\n" +
 	"\x10opencode_version\x18\n" +
-	" \x01(\tR\x0fopencodeVersion\"O\n" +
+	" \x01(\tR\x0fopencodeVersion\x125\n" +
+	"\astorage\x18\v \x01(\v2\x1b.cloudcode.v1.StorageStatusR\astorage\"n\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\f\n" +
 	"\bSTARTING\x10\x01\x12\v\n" +
 	"\aRUNNING\x10\x02\x12\n" +
 	"\n" +
 	"\x06FAILED\x10\x03\x12\b\n" +
-	"\x04GONE\x10\x04\"Q\n" +
+	"\x04GONE\x10\x04\x12\x0e\n" +
+	"\n" +
+	"SUSPENDING\x10\x05\x12\r\n" +
+	"\tSUSPENDED\x10\x06\"Q\n" +
 	"\x14ReportStatusResponse\x129\n" +
 	"\aresults\x18\x01 \x03(\v2\x1f.cloudcode.node.v1.ReportResultR\aresults\"\x88\x01\n" +
 	"\fReportResult\x128\n" +
@@ -1838,7 +2359,30 @@ const file_cloudcode_node_v1_node_proto_rawDesc = "" +
 	"\n" +
 	"\x06STORED\x10\x01\x12\t\n" +
 	"\x05STALE\x10\x02\x12\t\n" +
-	"\x05RETRY\x10\x03\"i\n" +
+	"\x05RETRY\x10\x03\"L\n" +
+	"\x11CheckpointRequest\x12\x1d\n" +
+	"\n" +
+	"session_id\x18\x01 \x01(\tR\tsessionId\x12\x18\n" +
+	"\atrigger\x18\x02 \x01(\tR\atrigger\"N\n" +
+	"\x12CheckpointResponse\x128\n" +
+	"\n" +
+	"checkpoint\x18\x01 \x01(\v2\x18.cloudcode.v1.CheckpointR\n" +
+	"checkpoint\"G\n" +
+	"\x12ReadArchiveRequest\x12\x1d\n" +
+	"\n" +
+	"session_id\x18\x01 \x01(\tR\tsessionId\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\"R\n" +
+	"\x13ReadArchiveResponse\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\x12'\n" +
+	"\x0festimated_bytes\x18\x02 \x01(\x03R\x0eestimatedBytes\"\\\n" +
+	"\x13WriteArchiveRequest\x12\x1d\n" +
+	"\n" +
+	"session_id\x18\x01 \x01(\tR\tsessionId\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n" +
+	"\x04data\x18\x03 \x01(\fR\x04data\"B\n" +
+	"\x14WriteArchiveResponse\x12\x14\n" +
+	"\x05files\x18\x01 \x01(\x03R\x05files\x12\x14\n" +
+	"\x05bytes\x18\x02 \x01(\x03R\x05bytes\"i\n" +
 	"\x12WatchEventsRequest\x12\x1d\n" +
 	"\n" +
 	"session_id\x18\x01 \x01(\tR\tsessionId\x12\x1e\n" +
@@ -1883,10 +2427,14 @@ const file_cloudcode_node_v1_node_proto_rawDesc = "" +
 	"\bRegister\x12\".cloudcode.node.v1.RegisterRequest\x1a#.cloudcode.node.v1.RegisterResponse\x12V\n" +
 	"\tHeartbeat\x12#.cloudcode.node.v1.HeartbeatRequest\x1a$.cloudcode.node.v1.HeartbeatResponse\x12m\n" +
 	"\x10WatchAssignments\x12*.cloudcode.node.v1.WatchAssignmentsRequest\x1a+.cloudcode.node.v1.WatchAssignmentsResponse0\x01\x12_\n" +
-	"\fReportStatus\x12&.cloudcode.node.v1.ReportStatusRequest\x1a'.cloudcode.node.v1.ReportStatusResponse2\xc5\x01\n" +
+	"\fReportStatus\x12&.cloudcode.node.v1.ReportStatusRequest\x1a'.cloudcode.node.v1.ReportStatusResponse2\xe3\x03\n" +
 	"\fAgentService\x12^\n" +
 	"\vWatchEvents\x12%.cloudcode.node.v1.WatchEventsRequest\x1a&.cloudcode.node.v1.WatchEventsResponse0\x01\x12U\n" +
-	"\bReadLogs\x12\".cloudcode.node.v1.ReadLogsRequest\x1a#.cloudcode.node.v1.ReadLogsResponse0\x01BCZAgithub.com/cloudcode-dev/cloudcode/proto/cloudcode/node/v1;nodev1b\x06proto3"
+	"\bReadLogs\x12\".cloudcode.node.v1.ReadLogsRequest\x1a#.cloudcode.node.v1.ReadLogsResponse0\x01\x12Y\n" +
+	"\n" +
+	"Checkpoint\x12$.cloudcode.node.v1.CheckpointRequest\x1a%.cloudcode.node.v1.CheckpointResponse\x12^\n" +
+	"\vReadArchive\x12%.cloudcode.node.v1.ReadArchiveRequest\x1a&.cloudcode.node.v1.ReadArchiveResponse0\x01\x12a\n" +
+	"\fWriteArchive\x12&.cloudcode.node.v1.WriteArchiveRequest\x1a'.cloudcode.node.v1.WriteArchiveResponse(\x01BCZAgithub.com/cloudcode-dev/cloudcode/proto/cloudcode/node/v1;nodev1b\x06proto3"
 
 var (
 	file_cloudcode_node_v1_node_proto_rawDescOnce sync.Once
@@ -1901,7 +2449,7 @@ func file_cloudcode_node_v1_node_proto_rawDescGZIP() []byte {
 }
 
 var file_cloudcode_node_v1_node_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_cloudcode_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
+var file_cloudcode_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
 var file_cloudcode_node_v1_node_proto_goTypes = []any{
 	(JoinRequest_Role)(0),            // 0: cloudcode.node.v1.JoinRequest.Role
 	(Assignment_DesiredState)(0),     // 1: cloudcode.node.v1.Assignment.DesiredState
@@ -1920,33 +2468,44 @@ var file_cloudcode_node_v1_node_proto_goTypes = []any{
 	(*GatewayList)(nil),              // 14: cloudcode.node.v1.GatewayList
 	(*Gateway)(nil),                  // 15: cloudcode.node.v1.Gateway
 	(*Assignment)(nil),               // 16: cloudcode.node.v1.Assignment
-	(*ReportStatusRequest)(nil),      // 17: cloudcode.node.v1.ReportStatusRequest
-	(*SessionStatus)(nil),            // 18: cloudcode.node.v1.SessionStatus
-	(*ReportStatusResponse)(nil),     // 19: cloudcode.node.v1.ReportStatusResponse
-	(*ReportResult)(nil),             // 20: cloudcode.node.v1.ReportResult
-	(*WatchEventsRequest)(nil),       // 21: cloudcode.node.v1.WatchEventsRequest
-	(*WatchEventsResponse)(nil),      // 22: cloudcode.node.v1.WatchEventsResponse
-	(*RingPosition)(nil),             // 23: cloudcode.node.v1.RingPosition
-	(*RingEvents)(nil),               // 24: cloudcode.node.v1.RingEvents
-	(*RingEvent)(nil),                // 25: cloudcode.node.v1.RingEvent
-	(*ReadLogsRequest)(nil),          // 26: cloudcode.node.v1.ReadLogsRequest
-	(*ReadLogsResponse)(nil),         // 27: cloudcode.node.v1.ReadLogsResponse
-	nil,                              // 28: cloudcode.node.v1.RegisterRequest.LabelsEntry
-	(*v1.NodeInfo)(nil),              // 29: cloudcode.v1.NodeInfo
-	(*durationpb.Duration)(nil),      // 30: google.protobuf.Duration
-	(*v1.SessionSpec)(nil),           // 31: cloudcode.v1.SessionSpec
-	(*v1.StartProgress)(nil),         // 32: cloudcode.v1.StartProgress
-	(*timestamppb.Timestamp)(nil),    // 33: google.protobuf.Timestamp
-	(*v1.LogEntry)(nil),              // 34: cloudcode.v1.LogEntry
+	(*AssignedStorage)(nil),          // 17: cloudcode.node.v1.AssignedStorage
+	(*ReportStatusRequest)(nil),      // 18: cloudcode.node.v1.ReportStatusRequest
+	(*SessionStatus)(nil),            // 19: cloudcode.node.v1.SessionStatus
+	(*ReportStatusResponse)(nil),     // 20: cloudcode.node.v1.ReportStatusResponse
+	(*ReportResult)(nil),             // 21: cloudcode.node.v1.ReportResult
+	(*CheckpointRequest)(nil),        // 22: cloudcode.node.v1.CheckpointRequest
+	(*CheckpointResponse)(nil),       // 23: cloudcode.node.v1.CheckpointResponse
+	(*ReadArchiveRequest)(nil),       // 24: cloudcode.node.v1.ReadArchiveRequest
+	(*ReadArchiveResponse)(nil),      // 25: cloudcode.node.v1.ReadArchiveResponse
+	(*WriteArchiveRequest)(nil),      // 26: cloudcode.node.v1.WriteArchiveRequest
+	(*WriteArchiveResponse)(nil),     // 27: cloudcode.node.v1.WriteArchiveResponse
+	(*WatchEventsRequest)(nil),       // 28: cloudcode.node.v1.WatchEventsRequest
+	(*WatchEventsResponse)(nil),      // 29: cloudcode.node.v1.WatchEventsResponse
+	(*RingPosition)(nil),             // 30: cloudcode.node.v1.RingPosition
+	(*RingEvents)(nil),               // 31: cloudcode.node.v1.RingEvents
+	(*RingEvent)(nil),                // 32: cloudcode.node.v1.RingEvent
+	(*ReadLogsRequest)(nil),          // 33: cloudcode.node.v1.ReadLogsRequest
+	(*ReadLogsResponse)(nil),         // 34: cloudcode.node.v1.ReadLogsResponse
+	nil,                              // 35: cloudcode.node.v1.RegisterRequest.LabelsEntry
+	nil,                              // 36: cloudcode.node.v1.Assignment.LabelsEntry
+	(*v1.NodeInfo)(nil),              // 37: cloudcode.v1.NodeInfo
+	(*durationpb.Duration)(nil),      // 38: google.protobuf.Duration
+	(*v1.SessionSpec)(nil),           // 39: cloudcode.v1.SessionSpec
+	(v1.Storage_Mode)(0),             // 40: cloudcode.v1.Storage.Mode
+	(*v1.StartProgress)(nil),         // 41: cloudcode.v1.StartProgress
+	(*timestamppb.Timestamp)(nil),    // 42: google.protobuf.Timestamp
+	(*v1.StorageStatus)(nil),         // 43: cloudcode.v1.StorageStatus
+	(*v1.Checkpoint)(nil),            // 44: cloudcode.v1.Checkpoint
+	(*v1.LogEntry)(nil),              // 45: cloudcode.v1.LogEntry
 }
 var file_cloudcode_node_v1_node_proto_depIdxs = []int32{
 	0,  // 0: cloudcode.node.v1.JoinRequest.role:type_name -> cloudcode.node.v1.JoinRequest.Role
-	29, // 1: cloudcode.node.v1.RegisterRequest.info:type_name -> cloudcode.v1.NodeInfo
-	28, // 2: cloudcode.node.v1.RegisterRequest.labels:type_name -> cloudcode.node.v1.RegisterRequest.LabelsEntry
-	30, // 3: cloudcode.node.v1.RegisterResponse.heartbeat_period:type_name -> google.protobuf.Duration
-	30, // 4: cloudcode.node.v1.RegisterResponse.lease_duration:type_name -> google.protobuf.Duration
-	30, // 5: cloudcode.node.v1.HeartbeatResponse.heartbeat_period:type_name -> google.protobuf.Duration
-	30, // 6: cloudcode.node.v1.HeartbeatResponse.lease_duration:type_name -> google.protobuf.Duration
+	37, // 1: cloudcode.node.v1.RegisterRequest.info:type_name -> cloudcode.v1.NodeInfo
+	35, // 2: cloudcode.node.v1.RegisterRequest.labels:type_name -> cloudcode.node.v1.RegisterRequest.LabelsEntry
+	38, // 3: cloudcode.node.v1.RegisterResponse.heartbeat_period:type_name -> google.protobuf.Duration
+	38, // 4: cloudcode.node.v1.RegisterResponse.lease_duration:type_name -> google.protobuf.Duration
+	38, // 5: cloudcode.node.v1.HeartbeatResponse.heartbeat_period:type_name -> google.protobuf.Duration
+	38, // 6: cloudcode.node.v1.HeartbeatResponse.lease_duration:type_name -> google.protobuf.Duration
 	12, // 7: cloudcode.node.v1.WatchAssignmentsResponse.snapshot:type_name -> cloudcode.node.v1.AssignmentChunk
 	13, // 8: cloudcode.node.v1.WatchAssignmentsResponse.changes:type_name -> cloudcode.node.v1.AssignmentChanges
 	14, // 9: cloudcode.node.v1.WatchAssignmentsResponse.gateways:type_name -> cloudcode.node.v1.GatewayList
@@ -1954,37 +2513,48 @@ var file_cloudcode_node_v1_node_proto_depIdxs = []int32{
 	16, // 11: cloudcode.node.v1.AssignmentChanges.upserts:type_name -> cloudcode.node.v1.Assignment
 	15, // 12: cloudcode.node.v1.GatewayList.gateways:type_name -> cloudcode.node.v1.Gateway
 	1,  // 13: cloudcode.node.v1.Assignment.desired_state:type_name -> cloudcode.node.v1.Assignment.DesiredState
-	31, // 14: cloudcode.node.v1.Assignment.spec:type_name -> cloudcode.v1.SessionSpec
-	18, // 15: cloudcode.node.v1.ReportStatusRequest.statuses:type_name -> cloudcode.node.v1.SessionStatus
-	2,  // 16: cloudcode.node.v1.SessionStatus.state:type_name -> cloudcode.node.v1.SessionStatus.State
-	32, // 17: cloudcode.node.v1.SessionStatus.progress:type_name -> cloudcode.v1.StartProgress
-	33, // 18: cloudcode.node.v1.SessionStatus.ready_time:type_name -> google.protobuf.Timestamp
-	20, // 19: cloudcode.node.v1.ReportStatusResponse.results:type_name -> cloudcode.node.v1.ReportResult
-	3,  // 20: cloudcode.node.v1.ReportResult.code:type_name -> cloudcode.node.v1.ReportResult.Code
-	23, // 21: cloudcode.node.v1.WatchEventsResponse.position:type_name -> cloudcode.node.v1.RingPosition
-	24, // 22: cloudcode.node.v1.WatchEventsResponse.events:type_name -> cloudcode.node.v1.RingEvents
-	25, // 23: cloudcode.node.v1.RingEvents.events:type_name -> cloudcode.node.v1.RingEvent
-	33, // 24: cloudcode.node.v1.RingEvent.time:type_name -> google.protobuf.Timestamp
-	34, // 25: cloudcode.node.v1.ReadLogsResponse.entries:type_name -> cloudcode.v1.LogEntry
-	4,  // 26: cloudcode.node.v1.JoinService.Join:input_type -> cloudcode.node.v1.JoinRequest
-	6,  // 27: cloudcode.node.v1.DispatchService.Register:input_type -> cloudcode.node.v1.RegisterRequest
-	8,  // 28: cloudcode.node.v1.DispatchService.Heartbeat:input_type -> cloudcode.node.v1.HeartbeatRequest
-	10, // 29: cloudcode.node.v1.DispatchService.WatchAssignments:input_type -> cloudcode.node.v1.WatchAssignmentsRequest
-	17, // 30: cloudcode.node.v1.DispatchService.ReportStatus:input_type -> cloudcode.node.v1.ReportStatusRequest
-	21, // 31: cloudcode.node.v1.AgentService.WatchEvents:input_type -> cloudcode.node.v1.WatchEventsRequest
-	26, // 32: cloudcode.node.v1.AgentService.ReadLogs:input_type -> cloudcode.node.v1.ReadLogsRequest
-	5,  // 33: cloudcode.node.v1.JoinService.Join:output_type -> cloudcode.node.v1.JoinResponse
-	7,  // 34: cloudcode.node.v1.DispatchService.Register:output_type -> cloudcode.node.v1.RegisterResponse
-	9,  // 35: cloudcode.node.v1.DispatchService.Heartbeat:output_type -> cloudcode.node.v1.HeartbeatResponse
-	11, // 36: cloudcode.node.v1.DispatchService.WatchAssignments:output_type -> cloudcode.node.v1.WatchAssignmentsResponse
-	19, // 37: cloudcode.node.v1.DispatchService.ReportStatus:output_type -> cloudcode.node.v1.ReportStatusResponse
-	22, // 38: cloudcode.node.v1.AgentService.WatchEvents:output_type -> cloudcode.node.v1.WatchEventsResponse
-	27, // 39: cloudcode.node.v1.AgentService.ReadLogs:output_type -> cloudcode.node.v1.ReadLogsResponse
-	33, // [33:40] is the sub-list for method output_type
-	26, // [26:33] is the sub-list for method input_type
-	26, // [26:26] is the sub-list for extension type_name
-	26, // [26:26] is the sub-list for extension extendee
-	0,  // [0:26] is the sub-list for field type_name
+	39, // 14: cloudcode.node.v1.Assignment.spec:type_name -> cloudcode.v1.SessionSpec
+	17, // 15: cloudcode.node.v1.Assignment.storage:type_name -> cloudcode.node.v1.AssignedStorage
+	36, // 16: cloudcode.node.v1.Assignment.labels:type_name -> cloudcode.node.v1.Assignment.LabelsEntry
+	40, // 17: cloudcode.node.v1.AssignedStorage.mode:type_name -> cloudcode.v1.Storage.Mode
+	19, // 18: cloudcode.node.v1.ReportStatusRequest.statuses:type_name -> cloudcode.node.v1.SessionStatus
+	2,  // 19: cloudcode.node.v1.SessionStatus.state:type_name -> cloudcode.node.v1.SessionStatus.State
+	41, // 20: cloudcode.node.v1.SessionStatus.progress:type_name -> cloudcode.v1.StartProgress
+	42, // 21: cloudcode.node.v1.SessionStatus.ready_time:type_name -> google.protobuf.Timestamp
+	43, // 22: cloudcode.node.v1.SessionStatus.storage:type_name -> cloudcode.v1.StorageStatus
+	21, // 23: cloudcode.node.v1.ReportStatusResponse.results:type_name -> cloudcode.node.v1.ReportResult
+	3,  // 24: cloudcode.node.v1.ReportResult.code:type_name -> cloudcode.node.v1.ReportResult.Code
+	44, // 25: cloudcode.node.v1.CheckpointResponse.checkpoint:type_name -> cloudcode.v1.Checkpoint
+	30, // 26: cloudcode.node.v1.WatchEventsResponse.position:type_name -> cloudcode.node.v1.RingPosition
+	31, // 27: cloudcode.node.v1.WatchEventsResponse.events:type_name -> cloudcode.node.v1.RingEvents
+	32, // 28: cloudcode.node.v1.RingEvents.events:type_name -> cloudcode.node.v1.RingEvent
+	42, // 29: cloudcode.node.v1.RingEvent.time:type_name -> google.protobuf.Timestamp
+	45, // 30: cloudcode.node.v1.ReadLogsResponse.entries:type_name -> cloudcode.v1.LogEntry
+	4,  // 31: cloudcode.node.v1.JoinService.Join:input_type -> cloudcode.node.v1.JoinRequest
+	6,  // 32: cloudcode.node.v1.DispatchService.Register:input_type -> cloudcode.node.v1.RegisterRequest
+	8,  // 33: cloudcode.node.v1.DispatchService.Heartbeat:input_type -> cloudcode.node.v1.HeartbeatRequest
+	10, // 34: cloudcode.node.v1.DispatchService.WatchAssignments:input_type -> cloudcode.node.v1.WatchAssignmentsRequest
+	18, // 35: cloudcode.node.v1.DispatchService.ReportStatus:input_type -> cloudcode.node.v1.ReportStatusRequest
+	28, // 36: cloudcode.node.v1.AgentService.WatchEvents:input_type -> cloudcode.node.v1.WatchEventsRequest
+	33, // 37: cloudcode.node.v1.AgentService.ReadLogs:input_type -> cloudcode.node.v1.ReadLogsRequest
+	22, // 38: cloudcode.node.v1.AgentService.Checkpoint:input_type -> cloudcode.node.v1.CheckpointRequest
+	24, // 39: cloudcode.node.v1.AgentService.ReadArchive:input_type -> cloudcode.node.v1.ReadArchiveRequest
+	26, // 40: cloudcode.node.v1.AgentService.WriteArchive:input_type -> cloudcode.node.v1.WriteArchiveRequest
+	5,  // 41: cloudcode.node.v1.JoinService.Join:output_type -> cloudcode.node.v1.JoinResponse
+	7,  // 42: cloudcode.node.v1.DispatchService.Register:output_type -> cloudcode.node.v1.RegisterResponse
+	9,  // 43: cloudcode.node.v1.DispatchService.Heartbeat:output_type -> cloudcode.node.v1.HeartbeatResponse
+	11, // 44: cloudcode.node.v1.DispatchService.WatchAssignments:output_type -> cloudcode.node.v1.WatchAssignmentsResponse
+	20, // 45: cloudcode.node.v1.DispatchService.ReportStatus:output_type -> cloudcode.node.v1.ReportStatusResponse
+	29, // 46: cloudcode.node.v1.AgentService.WatchEvents:output_type -> cloudcode.node.v1.WatchEventsResponse
+	34, // 47: cloudcode.node.v1.AgentService.ReadLogs:output_type -> cloudcode.node.v1.ReadLogsResponse
+	23, // 48: cloudcode.node.v1.AgentService.Checkpoint:output_type -> cloudcode.node.v1.CheckpointResponse
+	25, // 49: cloudcode.node.v1.AgentService.ReadArchive:output_type -> cloudcode.node.v1.ReadArchiveResponse
+	27, // 50: cloudcode.node.v1.AgentService.WriteArchive:output_type -> cloudcode.node.v1.WriteArchiveResponse
+	41, // [41:51] is the sub-list for method output_type
+	31, // [31:41] is the sub-list for method input_type
+	31, // [31:31] is the sub-list for extension type_name
+	31, // [31:31] is the sub-list for extension extendee
+	0,  // [0:31] is the sub-list for field type_name
 }
 
 func init() { file_cloudcode_node_v1_node_proto_init() }
@@ -1997,7 +2567,7 @@ func file_cloudcode_node_v1_node_proto_init() {
 		(*WatchAssignmentsResponse_Changes)(nil),
 		(*WatchAssignmentsResponse_Gateways)(nil),
 	}
-	file_cloudcode_node_v1_node_proto_msgTypes[18].OneofWrappers = []any{
+	file_cloudcode_node_v1_node_proto_msgTypes[25].OneofWrappers = []any{
 		(*WatchEventsResponse_Position)(nil),
 		(*WatchEventsResponse_Events)(nil),
 	}
@@ -2007,7 +2577,7 @@ func file_cloudcode_node_v1_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_cloudcode_node_v1_node_proto_rawDesc), len(file_cloudcode_node_v1_node_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   25,
+			NumMessages:   33,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

@@ -375,8 +375,11 @@ var DispatchService_ServiceDesc = grpc.ServiceDesc{
 }
 
 const (
-	AgentService_WatchEvents_FullMethodName = "/cloudcode.node.v1.AgentService/WatchEvents"
-	AgentService_ReadLogs_FullMethodName    = "/cloudcode.node.v1.AgentService/ReadLogs"
+	AgentService_WatchEvents_FullMethodName  = "/cloudcode.node.v1.AgentService/WatchEvents"
+	AgentService_ReadLogs_FullMethodName     = "/cloudcode.node.v1.AgentService/ReadLogs"
+	AgentService_Checkpoint_FullMethodName   = "/cloudcode.node.v1.AgentService/Checkpoint"
+	AgentService_ReadArchive_FullMethodName  = "/cloudcode.node.v1.AgentService/ReadArchive"
+	AgentService_WriteArchive_FullMethodName = "/cloudcode.node.v1.AgentService/WriteArchive"
 )
 
 // AgentServiceClient is the client API for AgentService service.
@@ -391,6 +394,14 @@ type AgentServiceClient interface {
 	WatchEvents(ctx context.Context, in *WatchEventsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchEventsResponse], error)
 	// ReadLogs streams what the container wrote. Errors: NOT_FOUND.
 	ReadLogs(ctx context.Context, in *ReadLogsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ReadLogsResponse], error)
+	// Checkpoint saves the session now. Errors: NOT_FOUND; FAILED_PRECONDITION if it
+	// has no object storage or does not run; UNAVAILABLE if that cannot be reached.
+	Checkpoint(ctx context.Context, in *CheckpointRequest, opts ...grpc.CallOption) (*CheckpointResponse, error)
+	// ReadArchive streams files as they are on the node, as a tar archive.
+	// Errors: NOT_FOUND, also for the path; INVALID_ARGUMENT.
+	ReadArchive(ctx context.Context, in *ReadArchiveRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ReadArchiveResponse], error)
+	// WriteArchive unpacks a tar archive. Errors: as of SessionService.WriteArchive.
+	WriteArchive(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[WriteArchiveRequest, WriteArchiveResponse], error)
 }
 
 type agentServiceClient struct {
@@ -439,6 +450,48 @@ func (c *agentServiceClient) ReadLogs(ctx context.Context, in *ReadLogsRequest, 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type AgentService_ReadLogsClient = grpc.ServerStreamingClient[ReadLogsResponse]
 
+func (c *agentServiceClient) Checkpoint(ctx context.Context, in *CheckpointRequest, opts ...grpc.CallOption) (*CheckpointResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CheckpointResponse)
+	err := c.cc.Invoke(ctx, AgentService_Checkpoint_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *agentServiceClient) ReadArchive(ctx context.Context, in *ReadArchiveRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ReadArchiveResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &AgentService_ServiceDesc.Streams[2], AgentService_ReadArchive_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[ReadArchiveRequest, ReadArchiveResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type AgentService_ReadArchiveClient = grpc.ServerStreamingClient[ReadArchiveResponse]
+
+func (c *agentServiceClient) WriteArchive(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[WriteArchiveRequest, WriteArchiveResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &AgentService_ServiceDesc.Streams[3], AgentService_WriteArchive_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[WriteArchiveRequest, WriteArchiveResponse]{ClientStream: stream}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type AgentService_WriteArchiveClient = grpc.ClientStreamingClient[WriteArchiveRequest, WriteArchiveResponse]
+
 // AgentServiceServer is the server API for AgentService service.
 // All implementations must embed UnimplementedAgentServiceServer
 // for forward compatibility.
@@ -451,6 +504,14 @@ type AgentServiceServer interface {
 	WatchEvents(*WatchEventsRequest, grpc.ServerStreamingServer[WatchEventsResponse]) error
 	// ReadLogs streams what the container wrote. Errors: NOT_FOUND.
 	ReadLogs(*ReadLogsRequest, grpc.ServerStreamingServer[ReadLogsResponse]) error
+	// Checkpoint saves the session now. Errors: NOT_FOUND; FAILED_PRECONDITION if it
+	// has no object storage or does not run; UNAVAILABLE if that cannot be reached.
+	Checkpoint(context.Context, *CheckpointRequest) (*CheckpointResponse, error)
+	// ReadArchive streams files as they are on the node, as a tar archive.
+	// Errors: NOT_FOUND, also for the path; INVALID_ARGUMENT.
+	ReadArchive(*ReadArchiveRequest, grpc.ServerStreamingServer[ReadArchiveResponse]) error
+	// WriteArchive unpacks a tar archive. Errors: as of SessionService.WriteArchive.
+	WriteArchive(grpc.ClientStreamingServer[WriteArchiveRequest, WriteArchiveResponse]) error
 	mustEmbedUnimplementedAgentServiceServer()
 }
 
@@ -466,6 +527,15 @@ func (UnimplementedAgentServiceServer) WatchEvents(*WatchEventsRequest, grpc.Ser
 }
 func (UnimplementedAgentServiceServer) ReadLogs(*ReadLogsRequest, grpc.ServerStreamingServer[ReadLogsResponse]) error {
 	return status.Error(codes.Unimplemented, "method ReadLogs not implemented")
+}
+func (UnimplementedAgentServiceServer) Checkpoint(context.Context, *CheckpointRequest) (*CheckpointResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Checkpoint not implemented")
+}
+func (UnimplementedAgentServiceServer) ReadArchive(*ReadArchiveRequest, grpc.ServerStreamingServer[ReadArchiveResponse]) error {
+	return status.Error(codes.Unimplemented, "method ReadArchive not implemented")
+}
+func (UnimplementedAgentServiceServer) WriteArchive(grpc.ClientStreamingServer[WriteArchiveRequest, WriteArchiveResponse]) error {
+	return status.Error(codes.Unimplemented, "method WriteArchive not implemented")
 }
 func (UnimplementedAgentServiceServer) mustEmbedUnimplementedAgentServiceServer() {}
 func (UnimplementedAgentServiceServer) testEmbeddedByValue()                      {}
@@ -510,13 +580,54 @@ func _AgentService_ReadLogs_Handler(srv interface{}, stream grpc.ServerStream) e
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type AgentService_ReadLogsServer = grpc.ServerStreamingServer[ReadLogsResponse]
 
+func _AgentService_Checkpoint_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CheckpointRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentServiceServer).Checkpoint(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AgentService_Checkpoint_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentServiceServer).Checkpoint(ctx, req.(*CheckpointRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _AgentService_ReadArchive_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(ReadArchiveRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(AgentServiceServer).ReadArchive(m, &grpc.GenericServerStream[ReadArchiveRequest, ReadArchiveResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type AgentService_ReadArchiveServer = grpc.ServerStreamingServer[ReadArchiveResponse]
+
+func _AgentService_WriteArchive_Handler(srv interface{}, stream grpc.ServerStream) error {
+	return srv.(AgentServiceServer).WriteArchive(&grpc.GenericServerStream[WriteArchiveRequest, WriteArchiveResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type AgentService_WriteArchiveServer = grpc.ClientStreamingServer[WriteArchiveRequest, WriteArchiveResponse]
+
 // AgentService_ServiceDesc is the grpc.ServiceDesc for AgentService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
 var AgentService_ServiceDesc = grpc.ServiceDesc{
 	ServiceName: "cloudcode.node.v1.AgentService",
 	HandlerType: (*AgentServiceServer)(nil),
-	Methods:     []grpc.MethodDesc{},
+	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "Checkpoint",
+			Handler:    _AgentService_Checkpoint_Handler,
+		},
+	},
 	Streams: []grpc.StreamDesc{
 		{
 			StreamName:    "WatchEvents",
@@ -527,6 +638,16 @@ var AgentService_ServiceDesc = grpc.ServiceDesc{
 			StreamName:    "ReadLogs",
 			Handler:       _AgentService_ReadLogs_Handler,
 			ServerStreams: true,
+		},
+		{
+			StreamName:    "ReadArchive",
+			Handler:       _AgentService_ReadArchive_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "WriteArchive",
+			Handler:       _AgentService_WriteArchive_Handler,
+			ClientStreams: true,
 		},
 	},
 	Metadata: "cloudcode/node/v1/node.proto",
