@@ -14,9 +14,6 @@ import (
 const (
 	gcEvery = 6 * time.Hour // of one root, by chance up to a tenth more
 	gcBound = time.Hour     // one run takes at most that
-	// gcGrace is how old data has to be that no checkpoint needs: a node that has
-	// just sent some may be about to write the checkpoint that does.
-	gcGrace = 24 * time.Hour
 	gcLook  = time.Minute // how often it is asked which roots are due
 )
 
@@ -106,7 +103,7 @@ func (g *collector) look(ctx context.Context) error {
 		g.root(c)
 	}
 	for key, r := range g.roots {
-		if _, ok := used[key]; !ok && time.Since(r.purged) > gcGrace+2*gcEvery {
+		if _, ok := used[key]; !ok && time.Since(r.purged) > checkpoint.DefaultGrace+2*gcEvery {
 			delete(g.roots, key)
 		}
 	}
@@ -137,7 +134,7 @@ func (g *collector) collect(ctx context.Context, c conf.Config) {
 	bounded, cancel := context.WithTimeout(ctx, gcBound)
 	defer cancel()
 	start := time.Now()
-	stats, err := b.repo.CollectGarbage(bounded, checkpoint.GCOptions{Grace: gcGrace})
+	stats, err := b.repo.CollectGarbage(bounded, checkpoint.GCOptions{Grace: checkpoint.DefaultGrace})
 	if err != nil {
 		if ctx.Err() == nil {
 			g.s.log.WarnContext(ctx, "cannot collect garbage; it is tried again later", "storage", c.String(), "error", err)
