@@ -64,15 +64,18 @@ func jobs(blocks []*block) []job {
 
 // fetch reads blocks and calls use for each, from several goroutines.
 func (r *Repository) fetch(ctx context.Context, blocks []*block, use func(b *block, plain []byte) error) error {
-	g, ctx := errgroup.WithContext(ctx)
+	g, each := errgroup.WithContext(ctx)
 	g.SetLimit(fetchWorkers)
 	for _, j := range jobs(blocks) {
-		if ctx.Err() != nil {
+		if each.Err() != nil {
 			break
 		}
-		g.Go(func() error { return r.fetchJob(ctx, j, use) })
+		g.Go(func() error { return r.fetchJob(each, j, use) })
 	}
-	return errors.Join(g.Wait(), context.Cause(ctx))
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	return ctx.Err()
 }
 
 func (r *Repository) fetchJob(ctx context.Context, j job, use func(b *block, plain []byte) error) error {

@@ -49,6 +49,9 @@ func open2(dir int, path string, flags int, mode uint32) (int, error) {
 		Flags: uint64(flags) | unix.O_CLOEXEC | unix.O_NOFOLLOW, Mode: uint64(mode),
 		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_XDEV,
 	}
+	if flags&unix.O_CREAT == 0 {
+		how.Mode = 0 // else it is an error
+	}
 	for {
 		fd, err := unix.Openat2(dir, path, &how)
 		if err == unix.EINTR || err == unix.EAGAIN { // EAGAIN: something was renamed meanwhile
