@@ -211,7 +211,7 @@ func describeStorage(st *cloudcodev1.StorageStatus, now time.Time) []field {
 		{"Storage", where},
 		{"Checkpoint", saved},
 		{"Unsaved since", unsaved},
-		{"Bucket", mount},
+		{"Mount", mount},
 		{"Storage problem", st.GetMessage()},
 	}
 }
@@ -225,10 +225,11 @@ func checkpointText(c *cloudcodev1.Checkpoint) string {
 	if c.GetUploadedBytes() > 0 {
 		out = append(out, formatBytes(c.GetUploadedBytes())+" sent")
 	}
+	text := strings.Join(out, ", ")
 	if c.GetTrigger() != "" {
-		out = append(out, "after "+c.GetTrigger())
+		text += " (" + c.GetTrigger() + ")"
 	}
-	return strings.Join(out, ", ")
+	return text
 }
 
 func plural(n int64, one, more string) string {

@@ -479,7 +479,7 @@ func TestCheckpoint(t *testing.T) {
 	f.put(stored("main"))
 	f.saved = checkpoints()
 	r := f.run("session", "checkpoint", "main")
-	if want := "session main saved: 20261123t115955.000z-aaaa, 63 MiB in 3650 files, 12 KiB sent, after turn\n"; r.code != 0 || r.out != want {
+	if want := "session main saved: 20261123t115955.000z-aaaa, 63 MiB in 3650 files, 12 KiB sent (turn)\n"; r.code != 0 || r.out != want {
 		t.Errorf("%+v", r)
 	}
 	f.saved = f.saved[1:]
@@ -647,7 +647,7 @@ func TestCheckpointedEvent(t *testing.T) {
 		}, end("DELETED"))
 	}
 	r := f.run("session", "events", "main", "--type", "checkpointed")
-	if want := regexp.MustCompile(`^12:00:00\.000 +3-1 +checkpointed +20261123t115955\.000z-aaaa, 63 MiB in 3650 files, 12 KiB sent, after turn\n$`); !want.MatchString(r.out) {
+	if want := regexp.MustCompile(`^12:00:00\.000 +3-1 +checkpointed +20261123t115955\.000z-aaaa, 63 MiB in 3650 files, 12 KiB sent \(turn\)\n$`); !want.MatchString(r.out) {
 		t.Errorf("%+v", r)
 	}
 }
