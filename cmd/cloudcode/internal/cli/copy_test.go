@@ -351,6 +351,8 @@ func TestCopyDoesNotEscape(t *testing.T) {
 	hard := func(name, to string) *tar.Header {
 		return &tar.Header{Typeflag: tar.TypeLink, Name: name, Linkname: to}
 	}
+	f := newFleet(t)
+	f.put(stored("main"))
 	for name, entries := range map[string][]*tar.Header{
 		"dots":                      {dir("x"), file("x/../../victim/file")},
 		"dots at the front":         {dir("x"), file("../victim/file")},
@@ -373,8 +375,6 @@ func TestCopyDoesNotEscape(t *testing.T) {
 	} {
 		for _, dst := range []string{"there", "new", "there/"} {
 			t.Run(name+" to "+dst, func(t *testing.T) {
-				f := newFleet(t)
-				f.put(stored("main"))
 				here := t.TempDir()
 				t.Chdir(here)
 				victim := filepath.Join(here, "victim")
