@@ -14,7 +14,7 @@ import (
 const (
 	gcEvery = 6 * time.Hour // of one root, by chance up to a tenth more
 	gcBound = time.Hour     // one run takes at most that
-	gcLook  = time.Minute // how often it is asked which roots are due
+	gcLook  = time.Minute   // how often it is asked which roots are due
 )
 
 // collector deletes data that no checkpoint needs, in all roots that are in use:

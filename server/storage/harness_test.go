@@ -2,7 +2,6 @@ package storage
 
 import (
 	"context"
-	"errors"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -25,43 +24,7 @@ import (
 	"github.com/cloudcode-dev/cloudcode/server/store/boltstore"
 )
 
-func TestMain(m *testing.M) {
-	warmUp()
-	goleak.VerifyTestMain(m)
-}
-
-// warmUp makes what package checkpoint makes once and keeps, outside of any bubble: it
-// could be used in that bubble alone otherwise.
-func warmUp() {
-	dir, err := os.MkdirTemp("", "warm")
-	if err != nil {
-		panic(err)
-	}
-	defer os.RemoveAll(dir)
-	if err := os.WriteFile(filepath.Join(dir, "x"), make([]byte, 100), 0o644); err != nil {
-		panic(err)
-	}
-	repo, err := checkpoint.Open(objstore.NewMemory(), "", nil)
-	if err != nil {
-		panic(err)
-	}
-	ctx, sess := context.Background(), repo.Session("a")
-	if _, err := sess.Acquire(ctx, checkpoint.Owner{}); err != nil {
-		panic(err)
-	}
-	w, err := sess.NewWriter(ctx, checkpoint.WriterOptions{Dir: dir, IDBase: uint32(os.Getuid()), StateDir: dir + "-state"})
-	if err != nil {
-		panic(err)
-	}
-	defer os.RemoveAll(dir + "-state")
-	info, err := w.Save(ctx, nil, checkpoint.Meta{})
-	if err == nil {
-		err = sess.Check(ctx, info.ID)
-	}
-	if err := errors.Join(err, w.Close()); err != nil {
-		panic(err)
-	}
-}
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // buckets are object stores in memory, by the bucket's name.
 type buckets struct {
@@ -69,7 +32,10 @@ type buckets struct {
 	all    map[string]*objstore.Memory
 	checks int
 	fail   error // of checks
-	wait   chan struct{}
+	now    func() time.Time
+
+	refusal func(op string) error
+	wait    chan struct{}
 }
 
 func (b *buckets) get(name string) *objstore.Memory {
@@ -77,8 +43,26 @@ func (b *buckets) get(name string) *objstore.Memory {
 	defer b.mu.Unlock()
 	if b.all[name] == nil {
 		b.all[name] = objstore.NewMemory()
+		b.all[name].Fail = b.refuses
+		b.all[name].Now = b.now
 	}
 	return b.all[name]
+}
+
+// refuse makes operations fail from now on; nil: none does.
+func (b *buckets) refuse(fn func(op string) error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.refusal = fn
+}
+
+func (b *buckets) refuses(op, _ string) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.refusal == nil {
+		return nil
+	}
+	return b.refusal(op)
 }
 
 func (b *buckets) open(c conf.Config) (objstore.Store, error) {
@@ -122,6 +106,11 @@ type fixture struct {
 
 func newFixture(t *testing.T, dir string, profiles map[string]conf.Config) *fixture {
 	t.Helper()
+	return newFixtureOver(t, dir, profiles, &buckets{all: map[string]*objstore.Memory{}})
+}
+
+func newFixtureOver(t *testing.T, dir string, profiles map[string]conf.Config, b *buckets) *fixture {
+	t.Helper()
 	db, err := boltstore.Open(filepath.Join(dir, "fleet.db"))
 	if err != nil {
 		t.Fatal(err)
@@ -130,7 +119,6 @@ func newFixture(t *testing.T, dir string, profiles map[string]conf.Config) *fixt
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := &buckets{all: map[string]*objstore.Memory{}}
 	s := New(Config{Store: db, Profiles: p, Logger: slog.New(slog.DiscardHandler), Open: b.open, Check: b.check})
 	t.Cleanup(func() {
 		if err := s.Close(); err != nil {
@@ -141,12 +129,19 @@ func newFixture(t *testing.T, dir string, profiles map[string]conf.Config) *fixt
 	return &fixture{t, s, b, db}
 }
 
-// running has a Storage that runs, in a bubble of virtual time.
-func running(t *testing.T, profiles map[string]conf.Config, fn func(f *fixture)) {
+// running has a Storage that runs, in a bubble of virtual time. Checkpoints are made
+// before: what compresses them is kept in a pool, and must not stay in a bubble.
+func running(t *testing.T, profiles map[string]conf.Config, prepare, fn func(f *fixture)) {
 	t.Helper()
+	start := time.Date(1999, 12, 31, 23, 0, 0, 0, time.UTC) // bubbles begin an hour later
+	b := &buckets{all: map[string]*objstore.Memory{}, now: func() time.Time { return start }}
+	prepare(newFixtureOver(t, t.TempDir(), profiles, b))
+	for _, m := range b.all {
+		m.Now = nil
+	}
 	dir := t.TempDir()
 	synctest.Test(t, func(t *testing.T) {
-		f := newFixture(t, dir, profiles)
+		f := newFixtureOver(t, dir, profiles, b)
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error, 1)
 		go func() { done <- f.Storage.Run(ctx) }()

@@ -138,7 +138,7 @@ func inspect(ctx context.Context, b *bucket, st fleet.Storage) (Resolved, error)
 			return out, err
 		}
 		if root {
-			return out, grpcerr.New(codes.FailedPrecondition, ReasonPrefixInUse, "%s cannot be used: checkpoints of other sessions are kept below it, which this one would see. Choose another spec.storage.prefix", st.URI())
+			return out, grpcerr.New(codes.FailedPrecondition, ReasonPrefixInUse, "%s cannot be used: checkpoints of other sessions are kept below it, which this one would see. Choose another spec.storage.prefix", b.config.URI(st.Prefix))
 		}
 	}
 	sess := b.repo.Session(st.Prefix)

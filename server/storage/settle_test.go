@@ -29,10 +29,11 @@ func (f *fixture) head(s *fleet.Session) (checkpoint.Head, error) {
 var oneProfile = map[string]conf.Config{"default": profile("main", "root")}
 
 func TestDeletedIsMarked(t *testing.T) {
+	a, never, others := session("a", "main", "root"), session("never", "main", "root"), session("others", "main", "root")
 	running(t, oneProfile, func(f *fixture) {
-		a, never, others := session("a", "main", "root"), session("never", "main", "root"), session("others", "main", "root")
 		f.save(a, map[string]string{"x": "1"})
 		f.save(others, map[string]string{"x": "1"})
+	}, func(f *fixture) {
 		others.UID = "of-a-later-session"
 		f.put(deleted(a, false), deleted(never, false), deleted(others, false))
 		wait(time.Second)
@@ -51,10 +52,9 @@ func TestDeletedIsMarked(t *testing.T) {
 }
 
 func TestUnreachableIsNotWaitedForForEver(t *testing.T) {
-	running(t, oneProfile, func(f *fixture) {
-		a := session("a", "main", "root")
-		f.save(a, map[string]string{"x": "1"})
-		f.buckets.get("main").Fail = func(string, string) error { return fmt.Errorf("%w: refused", objstore.ErrUnavailable) }
+	a := session("a", "main", "root")
+	running(t, oneProfile, func(f *fixture) { f.save(a, map[string]string{"x": "1"}) }, func(f *fixture) {
+		f.buckets.refuse(func(string) error { return fmt.Errorf("%w: refused", objstore.ErrUnavailable) })
 		f.put(deleted(a, false))
 		wait(2 * settleFirst)
 		if s := f.get("a"); s.StorageSettled || s.Reason != ReasonUnreachable || s.Message == "" {
@@ -68,10 +68,13 @@ func TestUnreachableIsNotWaitedForForEver(t *testing.T) {
 }
 
 func TestPurge(t *testing.T) {
+	a, b := session("a", "main", "root"), session("b", "main", "root")
+	var made *buckets
 	running(t, oneProfile, func(f *fixture) {
-		a, b := session("a", "main", "root"), session("b", "main", "root")
 		f.save(a, map[string]string{"x": "only in a"})
 		f.save(b, map[string]string{"x": "in b"})
+		made = f.buckets
+	}, func(f *fixture) {
 		mem := f.buckets.get("main")
 		for _, key := range []string{"root/a/workspace/f", "root/a/", "root/ab/f", "a/f"} {
 			if _, err := mem.Put(f.Context(), key, []byte("x"), objstore.PutOptions{}); err != nil {
@@ -79,18 +82,18 @@ func TestPurge(t *testing.T) {
 			}
 		}
 		packs := len(f.objects("main", "root/.cloudcode/v1/packs/"))
-		mem.Fail = func(op, _ string) error {
+		f.buckets.refuse(func(op string) error {
 			if op == objstore.OpDelete {
 				return fmt.Errorf("%w: not these keys", objstore.ErrDenied)
 			}
 			return nil
-		}
+		})
 		f.put(deleted(a, true))
 		wait(10 * time.Minute)
 		if s := f.get("a"); s.StorageSettled || s.Reason != ReasonDenied {
 			f.Errorf("keys that must not delete: %+v", s)
 		}
-		mem.Fail = nil
+		f.buckets.refuse(nil)
 		wait(settleMax)
 		if s := f.get("a"); !s.StorageSettled {
 			f.Errorf("not purged: %+v", s)
@@ -113,27 +116,24 @@ func TestPurge(t *testing.T) {
 		if n := len(f.objects("main", "root/.cloudcode/v1/packs/")); n >= packs || n == 0 {
 			f.Errorf("%d of %d packs are left", n, packs)
 		}
-		st, err := f.Session(b.Spec.Storage)
-		if err != nil {
-			f.Fatal(err)
-		}
-		id, err := st.inner.Find(f.Context(), "")
-		if err == nil {
-			err = st.inner.Check(f.Context(), id)
-		}
-		if err != nil {
-			f.Errorf("what is left is damaged: %v", err)
-		}
 	})
+	f := newFixtureOver(t, t.TempDir(), oneProfile, made)
+	st, err := f.Session(b.Spec.Storage)
+	if err == nil {
+		err = st.inner.Check(t.Context(), "")
+	}
+	if err != nil {
+		t.Errorf("what is left is damaged: %v", err)
+	}
 }
 
 func TestPurgeOfTheWholeRoot(t *testing.T) {
+	a, gone := session("a", "main", ""), session("gone", "main", "")
+	a.Spec.Storage.Prefix = ""
 	running(t, map[string]conf.Config{"default": profile("main", "")}, func(f *fixture) {
-		a := session("a", "main", "")
-		a.Spec.Storage.Prefix = ""
-		gone := session("gone", "main", "")
 		f.save(a, map[string]string{"x": "1"})
 		f.save(gone, map[string]string{"x": "2"})
+	}, func(f *fixture) {
 		mem := f.buckets.get("main")
 		for i := range deleteBatch + 5 {
 			if _, err := mem.Put(f.Context(), fmt.Sprintf("workspace/%d", i), []byte("x"), objstore.PutOptions{}); err != nil {
@@ -157,12 +157,13 @@ func TestPurgeOfTheWholeRoot(t *testing.T) {
 // What another server has taken over is not this one's to delete; and a purge that
 // cannot be done can be taken back.
 func TestPurgeOfWhatIsTaken(t *testing.T) {
+	a := session("a", "main", "root")
 	running(t, oneProfile, func(f *fixture) {
-		a := session("a", "main", "root")
 		f.save(a, map[string]string{"x": "1"})
 		other := a.Clone()
 		other.UID, other.Generation = "elsewhere", 5
 		f.save(other, map[string]string{"x": "2"})
+	}, func(f *fixture) {
 		f.put(deleted(a, true))
 		wait(time.Minute)
 		s := f.get("a")
