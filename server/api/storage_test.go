@@ -632,9 +632,9 @@ func TestReadArchive(t *testing.T) {
 	if err != nil || string(first.GetData()) != "from " || first.GetEstimatedBytes() != 77 || f.node.read.GetPath() != "dir" || f.node.read.GetSessionId() != "a" {
 		t.Errorf("%v, %v, asked for %v", first, err, f.node.read)
 	}
-	f.node.archive, f.node.err = nil, grpcerr.New(codes.NotFound, "PATH_NOT_FOUND", "no such file")
+	f.node.archive, f.node.err = nil, grpcerr.New(codes.NotFound, "FILE_NOT_FOUND", "no such file")
 	_, err = read(&cloudcodev1.ReadArchiveRequest{Path: "nosuch"})
-	wantErr(t, "not on the node", err, codes.NotFound, "PATH_NOT_FOUND")
+	wantErr(t, "not on the node", err, codes.NotFound, "FILE_NOT_FOUND")
 
 	// A checkpoint is read from the bucket, whatever the node does.
 	got, err := read(&cloudcodev1.ReadArchiveRequest{Path: "", Checkpoint: id})
@@ -646,7 +646,7 @@ func TestReadArchive(t *testing.T) {
 		t.Errorf("a folder: %v, %v", got, err)
 	}
 	_, err = read(&cloudcodev1.ReadArchiveRequest{Path: "nosuch", Checkpoint: id})
-	wantErr(t, "not in the checkpoint", err, codes.NotFound, "PATH_NOT_FOUND")
+	wantErr(t, "not in the checkpoint", err, codes.NotFound, "FILE_NOT_FOUND")
 	_, err = read(&cloudcodev1.ReadArchiveRequest{Checkpoint: "20200101"})
 	wantErr(t, "no such checkpoint", err, codes.NotFound, "CHECKPOINT_NOT_FOUND")
 	// On no ready node: the newest checkpoint.
