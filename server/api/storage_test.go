@@ -455,6 +455,12 @@ func TestCheckpointNow(t *testing.T) {
 	f.node.away = true
 	_, err = now("a")
 	wantErr(t, "no node", err, codes.Unavailable, "UNAVAILABLE")
+	f.node.away = false
+	f.node.checkpoint = func(*nodev1.CheckpointRequest) (*nodev1.CheckpointResponse, error) {
+		return nil, grpcerr.New(codes.NotFound, "SESSION_NOT_HERE", "not here")
+	}
+	_, err = now("a")
+	wantErr(t, "not there yet", err, codes.FailedPrecondition, "SESSION_NOT_STARTED")
 	f.create(t, "local", wantStorage(&cloudcodev1.Storage{Mode: cloudcodev1.Storage_LOCAL}))
 	f.run(t, "local")
 	_, err = now("local")
@@ -765,26 +771,26 @@ func TestRecover(t *testing.T) {
 		f.run(t, id)
 	}
 	uids := map[string]string{}
-	for _, id := range []string{"kept", "lost", "gone", "broken", "taken"} {
+	for _, id := range []string{"kept", "lost", "gone", "broken", "taken", "asleep"} {
 		f.save(t, id, "turn", map[string]string{"x": id})
 	}
-	f.save(t, "asleep", "suspend", map[string]string{"x": "1"})
-	f.edit(t, "empty", func(*fleet.Session) {})
 	repo, err := checkpoint.Open(f.objects, "main/root", make([]byte, 32))
 	if err != nil {
 		t.Fatal(err)
 	}
-	head, err := repo.Session("gone").Head(t.Context())
-	if err == nil {
-		err = repo.Session("gone").Release(t.Context(), head.Owner, true)
-	}
-	if err != nil {
-		t.Fatal(err)
+	for _, id := range []string{"gone", "asleep"} {
+		head, err := repo.Session(id).Head(t.Context())
+		if err == nil {
+			err = repo.Session(id).Release(t.Context(), head.Owner, id == "gone")
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
 	}
 	if _, err := repo.Session("empty").Acquire(t.Context(), checkpoint.Owner{SessionID: "empty", SessionUID: "u", Generation: 1}); err != nil {
 		t.Fatal(err)
 	}
-	head, err = repo.Session("broken").Head(t.Context())
+	head, err := repo.Session("broken").Head(t.Context())
 	if err == nil {
 		err = f.objects.Damage("main/root/.cloudcode/v1/sessions/broken/manifests/"+head.Manifest, func(data []byte) []byte { return data[:len(data)/2] })
 	}
