@@ -120,3 +120,20 @@ func TestOnlyObjstoreKnowsTheS3Library(t *testing.T) {
 		}
 	}
 }
+
+// What server and node daemon share must not lead from one to the other.
+func TestSharedStoragePackagesKnowNoProcess(t *testing.T) {
+	pkgs := load(t)
+	for _, name := range []string{"internal/objstore", "internal/storage", "internal/checkpoint"} {
+		p, ok := pkgs[name]
+		if !ok {
+			t.Errorf("%s is not there: correct this test", name)
+		}
+		for _, dep := range p.Deps {
+			dep, ours := strings.CutPrefix(dep, module)
+			if ours && (below(dep, "server") || below(dep, "nodeagent") || below(dep, "gateway") || below(dep, "proto")) {
+				t.Errorf("%s depends on %s: it is for every process, and speaks no protocol", name, dep)
+			}
+		}
+	}
+}

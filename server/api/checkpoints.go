@@ -58,7 +58,7 @@ func nodeError(id, node string, err error) error {
 			return grpcerr.New(codes.Unavailable, reasonUnreachable, "node %s, which has session %q, cannot be reached: %s", node, id, st.Message())
 		}
 	case codes.NotFound:
-		if reason == "" {
+		if reason == "" || reason == "SESSION_NOT_HERE" {
 			return grpcerr.New(codes.FailedPrecondition, reasonNoLogs, "session %q has not been started on node %s yet: try again", id, node)
 		}
 	}

@@ -29,7 +29,7 @@ const (
 	reasonLost            = "SESSION_LOST"
 	reasonNotRunning      = "SESSION_NOT_RUNNING"
 	reasonMount           = "STORAGE_MOUNT"
-	reasonNoPath          = "PATH_NOT_FOUND"
+	reasonNoPath          = "FILE_NOT_FOUND"
 )
 
 // classes maps the error classes of fleet; the only place that does.

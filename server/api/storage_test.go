@@ -455,6 +455,12 @@ func TestCheckpointNow(t *testing.T) {
 	f.node.away = true
 	_, err = now("a")
 	wantErr(t, "no node", err, codes.Unavailable, "UNAVAILABLE")
+	f.node.away = false
+	f.node.checkpoint = func(*nodev1.CheckpointRequest) (*nodev1.CheckpointResponse, error) {
+		return nil, grpcerr.New(codes.NotFound, "SESSION_NOT_HERE", "not here")
+	}
+	_, err = now("a")
+	wantErr(t, "not there yet", err, codes.FailedPrecondition, "SESSION_NOT_STARTED")
 	f.create(t, "local", wantStorage(&cloudcodev1.Storage{Mode: cloudcodev1.Storage_LOCAL}))
 	f.run(t, "local")
 	_, err = now("local")
@@ -632,9 +638,9 @@ func TestReadArchive(t *testing.T) {
 	if err != nil || string(first.GetData()) != "from " || first.GetEstimatedBytes() != 77 || f.node.read.GetPath() != "dir" || f.node.read.GetSessionId() != "a" {
 		t.Errorf("%v, %v, asked for %v", first, err, f.node.read)
 	}
-	f.node.archive, f.node.err = nil, grpcerr.New(codes.NotFound, "PATH_NOT_FOUND", "no such file")
+	f.node.archive, f.node.err = nil, grpcerr.New(codes.NotFound, "FILE_NOT_FOUND", "no such file")
 	_, err = read(&cloudcodev1.ReadArchiveRequest{Path: "nosuch"})
-	wantErr(t, "not on the node", err, codes.NotFound, "PATH_NOT_FOUND")
+	wantErr(t, "not on the node", err, codes.NotFound, "FILE_NOT_FOUND")
 
 	// A checkpoint is read from the bucket, whatever the node does.
 	got, err := read(&cloudcodev1.ReadArchiveRequest{Path: "", Checkpoint: id})
@@ -646,7 +652,7 @@ func TestReadArchive(t *testing.T) {
 		t.Errorf("a folder: %v, %v", got, err)
 	}
 	_, err = read(&cloudcodev1.ReadArchiveRequest{Path: "nosuch", Checkpoint: id})
-	wantErr(t, "not in the checkpoint", err, codes.NotFound, "PATH_NOT_FOUND")
+	wantErr(t, "not in the checkpoint", err, codes.NotFound, "FILE_NOT_FOUND")
 	_, err = read(&cloudcodev1.ReadArchiveRequest{Checkpoint: "20200101"})
 	wantErr(t, "no such checkpoint", err, codes.NotFound, "CHECKPOINT_NOT_FOUND")
 	// On no ready node: the newest checkpoint.
@@ -765,26 +771,26 @@ func TestRecover(t *testing.T) {
 		f.run(t, id)
 	}
 	uids := map[string]string{}
-	for _, id := range []string{"kept", "lost", "gone", "broken", "taken"} {
+	for _, id := range []string{"kept", "lost", "gone", "broken", "taken", "asleep"} {
 		f.save(t, id, "turn", map[string]string{"x": id})
 	}
-	f.save(t, "asleep", "suspend", map[string]string{"x": "1"})
-	f.edit(t, "empty", func(*fleet.Session) {})
 	repo, err := checkpoint.Open(f.objects, "main/root", make([]byte, 32))
 	if err != nil {
 		t.Fatal(err)
 	}
-	head, err := repo.Session("gone").Head(t.Context())
-	if err == nil {
-		err = repo.Session("gone").Release(t.Context(), head.Owner, true)
-	}
-	if err != nil {
-		t.Fatal(err)
+	for _, id := range []string{"gone", "asleep"} {
+		head, err := repo.Session(id).Head(t.Context())
+		if err == nil {
+			err = repo.Session(id).Release(t.Context(), head.Owner, id == "gone")
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
 	}
 	if _, err := repo.Session("empty").Acquire(t.Context(), checkpoint.Owner{SessionID: "empty", SessionUID: "u", Generation: 1}); err != nil {
 		t.Fatal(err)
 	}
-	head, err = repo.Session("broken").Head(t.Context())
+	head, err := repo.Session("broken").Head(t.Context())
 	if err == nil {
 		err = f.objects.Damage("main/root/.cloudcode/v1/sessions/broken/manifests/"+head.Manifest, func(data []byte) []byte { return data[:len(data)/2] })
 	}

@@ -23,7 +23,7 @@ const (
 	ReasonUnsupported   = "STORAGE_UNSUPPORTED"
 	ReasonPrefixInUse   = "STORAGE_PREFIX_IN_USE"
 	ReasonNotConfigured = "STORAGE_NOT_CONFIGURED"
-	ReasonWrongKey      = "STORAGE_WRONG_ENCRYPTION_KEY"
+	ReasonWrongKey      = "WRONG_ENCRYPTION_KEY"
 	ReasonOtherMode     = "STORAGE_OTHER_MODE"
 	ReasonTaken         = "STORAGE_TAKEN"
 	ReasonLocal         = "STORAGE_LOCAL"

@@ -107,7 +107,11 @@ func (s *Session) Discard(ctx context.Context) error {
 // Record is a session as its checkpoints keep it, so that it can be made again from
 // nothing else. Keys are not in it.
 func Record(s *fleet.Session) ([]byte, error) {
+	spec := protoconv.Spec(s.Spec)
+	if own := spec.GetStorage().GetS3(); own != nil {
+		own.AccessKeyId = ""
+	}
 	return recordOptions.Marshal(&cloudcodev1.Session{
-		Name: protoconv.SessionName(s.ID), Uid: s.UID, Labels: s.Labels, Spec: protoconv.Spec(s.Spec),
+		Name: protoconv.SessionName(s.ID), Uid: s.UID, Labels: s.Labels, Spec: spec,
 	})
 }
