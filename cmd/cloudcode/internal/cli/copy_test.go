@@ -287,6 +287,12 @@ func TestCopyStreams(t *testing.T) {
 	if r := f.run("session", "cp", here, "main:pipes"); r.code != 0 || !strings.Contains(r.err, "left out "+filepath.Join(here, "pipe")) {
 		t.Errorf("%+v", r)
 	}
+	if err := errors.Join(os.Mkdir(filepath.Join(project, "pipes2"), 0o755), syscall.Mkfifo(filepath.Join(project, "pipes2/p"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	if r := f.run("session", "cp", "main:pipes2", "main:pipes3"); r.code != 0 || r.err != "  left out pipes2/p: it is no file, folder or link\n" {
+		t.Errorf("%+v", r)
+	}
 	// On a terminal there is a bar.
 	out := &terminalOut{}
 	if r := f.runWith(invocation{errOut: out}, "session", "cp", "main:src", filepath.Join(here, "out")); r.code != 0 || !strings.Contains(out.String(), " of 3.1 MiB") || !strings.HasSuffix(out.String(), "\x1b[K") {
