@@ -625,6 +625,28 @@ func TestImport(t *testing.T) {
 		}
 	}
 
+	// With chats in it, OpenCode starts anew.
+	f.files = filepath.Join(t.TempDir(), "s3")
+	chats := evilTar(t, &tar.Header{Typeflag: tar.TypeReg, Name: "./.opencode/data/opencode/opencode.db"})
+	var restarts []string
+	f.onSuspend = func(s *cloudcodev1.Session) (*cloudcodev1.Session, error) {
+		restarts = append(restarts, "suspend")
+		return moved(s, 1, cloudcodev1.Session_SUSPENDED, nil), nil
+	}
+	f.onResume = func(s *cloudcodev1.Session) (*cloudcodev1.Session, error) {
+		restarts = append(restarts, "resume")
+		return moved(s, 2, cloudcodev1.Session_RUNNING, nil), nil
+	}
+	for _, args := range [][]string{nil, {"--wait"}, {"--no-restart"}} {
+		r := f.runWith(invocation{stdin: bytes.NewReader(chats)}, append([]string{"session", "import", "main"}, args...)...)
+		if r.code != 0 || !strings.HasPrefix(r.out, "session main: imported ") {
+			t.Errorf("%v: %+v", args, r)
+		}
+	}
+	if have := strings.Join(restarts, " "); have != "suspend resume suspend resume" {
+		t.Errorf("the session was told: %s", have)
+	}
+
 	// Nothing is created for what cannot be imported.
 	f.creates = nil
 	if err := os.WriteFile("text", bytes.Repeat([]byte("no archive\n"), 100), 0o600); err != nil {
