@@ -27,6 +27,7 @@ const (
 	lookShare                 = 50
 
 	saveTimeout   = 5 * time.Minute // of one save: a first one may be large
+	slowAfter     = 8 * time.Second // a save that takes longer is said
 	firstBackoff  = time.Second
 	longBackoff   = 15 * time.Second
 	verifyEvery   = 15 * time.Second // that nobody has taken over, without a mount
@@ -95,6 +96,17 @@ func (s *Session) save(ctx context.Context, trigger string, freeze func(context.
 	began := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, saveTimeout)
 	defer cancel()
+	// An object store that answers nothing is waited for longer than a person
+	// should be left in the dark.
+	slow := time.AfterFunc(slowAfter, func() {
+		s.setStatus(func(st *cloudcodev1.StorageStatus) {
+			if st.GetUnsavedSince() == nil {
+				st.UnsavedSince = timestamppb.New(began)
+				st.Message = "saving takes long: much has changed, or the object store is slow or away; the session goes on"
+			}
+		})
+	})
+	defer slow.Stop()
 	info, err := func() (checkpoint.Info, error) {
 		if err := s.openWriter(ctx); err != nil {
 			return checkpoint.Info{}, err
@@ -111,6 +123,7 @@ func (s *Session) save(ctx context.Context, trigger string, freeze func(context.
 			Mode: s.a.GetStorage().GetMode().String(), Restored: s.restored,
 		})
 	}()
+	slow.Stop()
 	if err != nil {
 		if !errors.Is(context.Cause(ctx), context.Canceled) {
 			s.setStatus(func(st *cloudcodev1.StorageStatus) {

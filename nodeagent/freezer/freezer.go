@@ -97,6 +97,16 @@ func Freeze(ctx context.Context, pid int) (thaw func() error, err error) {
 	return nil, fmt.Errorf("%w: %s", err, strings.TrimSpace(stderr.String()))
 }
 
+// Thaw thaws the cgroup of a process, whoever has frozen it: for what a daemon and
+// its child left behind when both were killed.
+func Thaw(pid int) error {
+	file, err := stateFile(pid)
+	if err != nil {
+		return err
+	}
+	return set(file, false)
+}
+
 // childMain freezes, says so, and thaws when its input ends.
 func childMain(file string, in io.Reader, out io.Writer) int {
 	fail := func(err error) int {

@@ -121,6 +121,16 @@ func TestFreeze(t *testing.T) {
 		}
 		until(t, "running again", func() bool { return ticks(t, pid) != before })
 	}
+	thaw, err := Freeze(t.Context(), pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := Thaw(pid); err != nil || isFrozen(t, file) {
+		t.Errorf("thawed by another hand: %v", err)
+	}
+	if err := thaw(); err != nil {
+		t.Error(err)
+	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if _, err := Freeze(ctx, pid); !errors.Is(err, context.Canceled) {

@@ -48,6 +48,9 @@ func (r *Runtime) Ensure(ctx context.Context, spec runtime.Spec, hooks *runtime.
 				runtime.ErrStaleGeneration, spec.Session, rec.Spec.Generation, spec.Generation)
 		}
 		if inst.State != runtime.StateExited && runtime.SameContainer(rec.Spec, spec) {
+			if inst.State == runtime.StateRunning {
+				r.thaw(inst.PID)
+			}
 			inst, err = r.adjust(ctx, inst, rec, spec)
 			return inst, classify(err)
 		}

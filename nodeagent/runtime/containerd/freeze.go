@@ -24,3 +24,14 @@ func (r *Runtime) Freeze(ctx context.Context, session string) (thaw func() error
 	}
 	return thaw, err
 }
+
+// thaw ends a freeze that was left behind, which containerd knows nothing of. A
+// container that containerd has paused it resumes itself.
+func (r *Runtime) thaw(pid int) {
+	if pid == 0 {
+		return
+	}
+	if err := freezer.Thaw(pid); err != nil && !errors.Is(err, freezer.ErrGone) {
+		r.log.Debug("thawing a container that may be frozen", "pid", pid, "error", err)
+	}
+}

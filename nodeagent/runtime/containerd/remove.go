@@ -89,6 +89,9 @@ func (r *Runtime) removeTask(ctx context.Context, session string, grace time.Dur
 	if err != nil && !errdefs.IsNotFound(err) {
 		return err
 	}
+	if st.Status == ctd.Running {
+		r.thaw(int(task.Pid())) // on cgroup v1 no signal reaches what is frozen
+	}
 	if st.Status != ctd.Stopped {
 		if err := r.end(ctx, session, task, st.Status, grace); err != nil {
 			return err
