@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 
+	"google.golang.org/protobuf/proto"
+
 	"github.com/cloudcode-dev/cloudcode/nodeagent/checkpoint"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/volume"
 	nodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/node/v1"
@@ -133,6 +135,7 @@ func (w *Worker) save(ctx context.Context, a *nodev1.Assignment, vol volume.Volu
 	// For the report that follows.
 	w.mu.Lock()
 	if w.status != nil {
+		w.status = proto.CloneOf(w.status) // what was reported is being read
 		w.status.Storage = kept.Status()
 	}
 	w.mu.Unlock()
