@@ -369,7 +369,7 @@ async function listCheckpoints(s) {
     el("thead", {}, el("tr", {}, ["Saved", "After", "Files", "Size", "Sent"].map((h) => el("th", { scope: "col", class: ["Files", "Size", "Sent"].includes(h) ? "num" : null }, h)), el("th", { scope: "col" }, el("span", { class: "sr" }, "Actions")))),
     el("tbody", {}, all.map((c) => el("tr", {},
       el("td", {}, when(c.createTime), " ago, " + moment(c.createTime), el("div", { class: "id mono" }, c.id, c.node ? " on " + idOf(c.node) : ""), (c.notes || []).map((n) => el("div", { class: "warn" }, n))),
-      el("td", {}, c.trigger), el("td", { class: "num" }, c.files), el("td", { class: "num" }, bytes(c.bytes)), el("td", { class: "num" }, bytes(c.uploadedBytes)),
+      el("td", {}, c.trigger), el("td", { class: "num", "data-label": "files" }, c.files), el("td", { class: "num" }, bytes(c.bytes)), el("td", { class: "num", "data-label": "sent" }, bytes(c.uploadedBytes)),
       el("td", {}, el("div", { class: "acts" },
         el("button", { type: "button", disabled: !snapshot, title: why, "aria-label": "Restore " + c.id, onclick: () => restore(s, c) }, "Restore"),
         el("button", { type: "button", disabled: !snapshot, title: why, "aria-label": "Fork " + c.id, onclick: () => fork(s, c.id) }, "Fork"),

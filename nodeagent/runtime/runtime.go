@@ -120,6 +120,14 @@ type Progress struct {
 	Total   int64  // bytes; 0 when not known
 }
 
+// Freezer is what a Runtime has that can freeze a container quickly and safely for a
+// moment.
+type Freezer interface {
+	// Freeze freezes all processes until thaw is called, or the node daemon dies, or
+	// some seconds have gone by. Returns ErrNotFound if the container does not run.
+	Freeze(ctx context.Context, session string) (thaw func() error, err error)
+}
+
 // Hooks are called by Ensure, from its own goroutine. Each may be nil.
 type Hooks struct {
 	Progress func(Progress)

@@ -57,6 +57,13 @@ func (w *Worker) storageParams(a *nodev1.Assignment, vol volume.Volume, adopt bo
 // freeze stops all of the container for a moment. What has no container, or one
 // that has ended, needs no freezing.
 func (w *Worker) freeze(ctx context.Context) (thaw func() error, err error) {
+	if f, ok := w.cfg.Runtime.(runtime.Freezer); ok {
+		thaw, err = f.Freeze(ctx, w.session)
+		if errors.Is(err, runtime.ErrNotFound) {
+			return func() error { return nil }, nil
+		}
+		return thaw, err
+	}
 	err = w.cfg.Runtime.Pause(ctx, w.session)
 	if errors.Is(err, runtime.ErrNotFound) {
 		return func() error { return nil }, nil

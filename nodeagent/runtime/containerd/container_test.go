@@ -520,3 +520,43 @@ func TestFullDisk(t *testing.T) {
 	}
 	e.mustEnsure(t, other)
 }
+
+// TestFreeze: a container that is frozen for a moment answers nothing meanwhile, and
+// all that came then afterwards.
+func TestFreeze(t *testing.T) {
+	e := newEnv(t)
+	spec := e.spec("frozen", "serve", "8080")
+	e.mustEnsure(t, spec)
+	e.mustAsk(t, "frozen", "/stat?path=/")
+	ctx := testContext(t)
+	thaw, err := e.Freeze(ctx, "frozen")
+	if err != nil {
+		t.Fatal(err)
+	}
+	list, err := e.List(ctx)
+	if err != nil || len(list) != 1 || list[0].State != runtime.StatePaused {
+		t.Errorf("while it is frozen: %+v, %v", list, err)
+	}
+	answered := make(chan error, 1)
+	go func() {
+		_, err := e.ask(t, "frozen", "/stat?path=/")
+		answered <- err
+	}()
+	select {
+	case err := <-answered:
+		t.Errorf("it answered while it was frozen: %v", err)
+	case <-time.After(50 * time.Millisecond):
+	}
+	if err := thaw(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-answered; err != nil {
+		t.Error(err)
+	}
+	if err := e.Kill(ctx, "frozen"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := e.Freeze(ctx, "frozen"); !errors.Is(err, runtime.ErrNotFound) {
+		t.Errorf("no container: %v", err)
+	}
+}

@@ -287,6 +287,12 @@ func TestCopyStreams(t *testing.T) {
 	if r := f.run("session", "cp", here, "main:pipes"); r.code != 0 || !strings.Contains(r.err, "left out "+filepath.Join(here, "pipe")) {
 		t.Errorf("%+v", r)
 	}
+	if err := errors.Join(os.Mkdir(filepath.Join(project, "pipes2"), 0o755), syscall.Mkfifo(filepath.Join(project, "pipes2/p"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	if r := f.run("session", "cp", "main:pipes2", "main:pipes3"); r.code != 0 || r.err != "  left out pipes2/p: it is no file, folder or link\n" {
+		t.Errorf("%+v", r)
+	}
 	// On a terminal there is a bar.
 	out := &terminalOut{}
 	if r := f.runWith(invocation{errOut: out}, "session", "cp", "main:src", filepath.Join(here, "out")); r.code != 0 || !strings.Contains(out.String(), " of 3.1 MiB") || !strings.HasSuffix(out.String(), "\x1b[K") {
@@ -617,6 +623,28 @@ func TestImport(t *testing.T) {
 		if len(f.creates) != 1 || f.creates[0].GetSessionId() != "copy" {
 			t.Errorf("%s: created %v", what, f.creates)
 		}
+	}
+
+	// With chats in it, OpenCode starts anew.
+	f.files = filepath.Join(t.TempDir(), "s3")
+	chats := evilTar(t, &tar.Header{Typeflag: tar.TypeReg, Name: "./.opencode/data/opencode/opencode.db"})
+	var restarts []string
+	f.onSuspend = func(s *cloudcodev1.Session) (*cloudcodev1.Session, error) {
+		restarts = append(restarts, "suspend")
+		return moved(s, 1, cloudcodev1.Session_SUSPENDED, nil), nil
+	}
+	f.onResume = func(s *cloudcodev1.Session) (*cloudcodev1.Session, error) {
+		restarts = append(restarts, "resume")
+		return moved(s, 2, cloudcodev1.Session_RUNNING, nil), nil
+	}
+	for _, args := range [][]string{nil, {"--wait"}, {"--no-restart"}} {
+		r := f.runWith(invocation{stdin: bytes.NewReader(chats)}, append([]string{"session", "import", "main"}, args...)...)
+		if r.code != 0 || !strings.HasPrefix(r.out, "session main: imported ") {
+			t.Errorf("%v: %+v", args, r)
+		}
+	}
+	if have := strings.Join(restarts, " "); have != "suspend resume suspend resume" {
+		t.Errorf("the session was told: %s", have)
 	}
 
 	// Nothing is created for what cannot be imported.

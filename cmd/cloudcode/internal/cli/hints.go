@@ -17,6 +17,7 @@ var reasonHints = map[string]string{
 	"NODE_TOO_SMALL":            "ask for less with --cpu, --memory or --disk; `cloudcode node list` shows what nodes have",
 	"NODE_UNREACHABLE":          "see `cloudcode node list`; the session comes back with its node",
 	"CHECKPOINT_NOT_FOUND":      "see `cloudcode session checkpoints`",
+	"FILE_NOT_FOUND":            "a path that does not begin with a slash is relative to /root/s3/workspace/project",
 	"PATH_NOT_FOUND":            "a path that does not begin with a slash is relative to /root/s3/workspace/project",
 	"SESSION_LOST":              "if its node is gone for good, go on elsewhere with `cloudcode session resume`",
 	"SESSION_NOT_RUNNING":       "see why with `cloudcode session get`; one that is suspended starts with `cloudcode session resume`",

@@ -369,13 +369,16 @@ func (t *copying) between(ctx context.Context) error {
 		return err
 	}
 	pr, pw := io.Pipe()
+	var skipped []string
 	renamed := make(chan struct{})
 	go func() {
 		defer close(renamed)
-		_ = pw.CloseWithError(renameTar(pw, tr, func(entry string) (string, bool) {
+		var err error
+		skipped, err = renameTar(pw, tr, func(entry string) (string, bool) {
 			rest, ok := t.strip(entry)
 			return path.Join(name, rest), ok
-		}))
+		})
+		_ = pw.CloseWithError(err)
 	}()
 	defer func() { _ = pr.Close(); <-renamed }()
 	resp, err := t.c.writeArchive(ctx, t.dst.session, folder, pr)
@@ -383,26 +386,35 @@ func (t *copying) between(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	<-renamed
+	t.noteSkipped(skipped)
 	return t.report(resp.GetFiles(), resp.GetBytes(), t.dst.path)
 }
 
-// renameTar copies a tar archive with other names in it.
-func renameTar(w io.Writer, r io.Reader, rename func(string) (string, bool)) error {
+// renameTar copies a tar archive with other names in it. What is no file, folder
+// or link is left out, as in any other copy.
+func renameTar(w io.Writer, r io.Reader, rename func(string) (string, bool)) (skipped []string, err error) {
 	tr, tw := tar.NewReader(r), tar.NewWriter(w)
 	for {
 		h, err := tr.Next()
 		if errors.Is(err, io.EOF) {
-			return tw.Close()
+			return skipped, tw.Close()
 		}
 		if err != nil {
-			return err
+			return skipped, err
 		}
 		name, err := entryName(h.Name)
 		if err != nil {
-			return err
+			return skipped, err
 		}
 		var ok bool
 		if h.Name, ok = rename(name); !ok {
+			continue
+		}
+		switch h.Typeflag {
+		case tar.TypeReg, tar.TypeDir, tar.TypeSymlink, tar.TypeLink:
+		default:
+			skipped = append(skipped, name)
 			continue
 		}
 		if h.Typeflag == tar.TypeDir {
@@ -410,18 +422,18 @@ func renameTar(w io.Writer, r io.Reader, rename func(string) (string, bool)) err
 		}
 		if h.Typeflag == tar.TypeLink {
 			if h.Linkname, err = entryName(h.Linkname); err != nil {
-				return err
+				return skipped, err
 			}
 			if h.Linkname, ok = rename(h.Linkname); !ok {
-				return fmt.Errorf("%s is a hard link to what is not copied", h.Name)
+				return skipped, fmt.Errorf("%s is a hard link to what is not copied", h.Name)
 			}
 		}
 		h.Format = tar.FormatPAX
 		if err := tw.WriteHeader(h); err != nil {
-			return err
+			return skipped, err
 		}
 		if _, err := io.Copy(tw, tr); err != nil {
-			return err
+			return skipped, err
 		}
 	}
 }

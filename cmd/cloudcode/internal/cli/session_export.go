@@ -9,6 +9,8 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -86,13 +88,16 @@ in it. "cloudcode session import" takes it in.`,
 
 func newSessionImportCmd() *cobra.Command {
 	var file string
-	var wait bool
+	var wait, noRestart bool
 	var timeout time.Duration
 	cmd := &cobra.Command{
 		Use:   "import ID",
 		Short: "Unpack a tar archive of a session into a session",
 		Long: `Unpack an archive that "cloudcode session export" has made (gzip is fine, too) into
 /root/s3 of a session. Files of the same name are replaced, others stay.
+
+If OpenCode's data is in the archive, the session is suspended and resumed then: the
+OpenCode that runs has its own chats open and would never see those of the archive.
 
 A session that does not exist is created first, with the server's defaults; to have
 it with other limits or storage, create it yourself before. One that starts is
@@ -135,10 +140,17 @@ waited for; one that is suspended has to be resumed.`,
 				if err := c.ensureRunning(cmd, name, timeout); err != nil {
 					return err
 				}
-				resp, err := c.writeArchive(cmd.Context(), name, "", src)
+				watched := watchTar(src)
+				defer watched.close()
+				resp, err := c.writeArchive(cmd.Context(), name, "", watched)
 				clear()
 				if err != nil {
 					return err
+				}
+				if watched.close() && !noRestart {
+					if err := c.restart(cmd, name, timeout); err != nil {
+						return err
+					}
 				}
 				if wait {
 					if err := c.ensureRunning(cmd, name, timeout); err != nil {
@@ -161,6 +173,7 @@ waited for; one that is suspended has to be resumed.`,
 	f.StringVarP(&file, "file", "f", "-", "read `FILE`; - is stdin")
 	f.BoolVarP(&wait, "wait", "w", false, "return when the session is ready with what was imported")
 	f.DurationVar(&timeout, "timeout", 10*time.Minute, "how long the session is waited for")
+	f.BoolVar(&noRestart, "no-restart", false, "do not restart the session, although OpenCode's data is in the archive")
 	SetEnvName(f, "file", "")
 	_ = cmd.MarkFlagFilename("file", "tar", "gz", "tgz")
 	return cmd
@@ -185,6 +198,62 @@ func (c *client) ensureRunning(cmd *cobra.Command, name string, timeout time.Dur
 		view.finish(false)
 	}
 	return err
+}
+
+// restart suspends a session and resumes it: it starts anew with the files that
+// are there.
+func (c *client) restart(cmd *cobra.Command, name string, timeout time.Duration) error {
+	ctx, cancel := c.request(cmd.Context())
+	defer cancel()
+	s, err := c.sessions.SuspendSession(ctx, &cloudcodev1.SuspendSessionRequest{Name: name})
+	if err != nil {
+		return err
+	}
+	view := waitView(cmd)
+	view.final = phaseSuspended
+	if _, err := c.waitSuspended(cmd.Context(), s, timeout, view); err != nil {
+		view.finish(false)
+		return err
+	}
+	ctx, cancel = c.request(cmd.Context())
+	defer cancel()
+	_, err = c.sessions.ResumeSession(ctx, &cloudcodev1.ResumeSessionRequest{Name: name})
+	return err
+}
+
+// openCodeData is where OpenCode keeps chats, below /root/s3.
+const openCodeData = ".opencode/data/"
+
+// tarWatch passes an archive through and looks for OpenCode's data in it.
+type tarWatch struct {
+	io.Reader
+	w     *io.PipeWriter
+	ended chan struct{}
+	found bool
+}
+
+func watchTar(r io.Reader) *tarWatch {
+	pr, pw := io.Pipe()
+	t := &tarWatch{Reader: io.TeeReader(r, pw), w: pw, ended: make(chan struct{})}
+	go func() {
+		defer close(t.ended)
+		for tr := tar.NewReader(pr); ; {
+			h, err := tr.Next()
+			if err != nil {
+				break // what is wrong with it says the server
+			}
+			t.found = t.found || h.Typeflag == tar.TypeReg && strings.HasPrefix(path.Clean(h.Name), openCodeData)
+		}
+		_, _ = io.Copy(io.Discard, pr)
+	}()
+	return t
+}
+
+// close ends the look, and returns what it has found. It can be called again.
+func (t *tarWatch) close() bool {
+	_ = t.w.Close()
+	<-t.ended
+	return t.found
 }
 
 // openTar returns a tar archive, also of one that is compressed with gzip. What is
