@@ -17,13 +17,18 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/status"
 
 	"github.com/cloudcode-dev/cloudcode/gateway"
 	"github.com/cloudcode-dev/cloudcode/internal/pki"
+	"github.com/cloudcode-dev/cloudcode/internal/storage"
 	"github.com/cloudcode-dev/cloudcode/nodeagent"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/runtime/runtimetest"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/volume"
+	"github.com/cloudcode-dev/cloudcode/nodeagent/worker"
+	nodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/node/v1"
 	cloudcodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/v1"
 	"github.com/cloudcode-dev/cloudcode/server"
 )
@@ -44,7 +49,9 @@ type Fleet struct {
 	Gateway  *gateway.Gateway
 	Sessions cloudcodev1.SessionServiceClient
 	Nodes    cloudcodev1.NodeServiceClient
+	Storages cloudcodev1.StorageServiceClient
 
+	storage    *storage.Profiles
 	grpcListen string // of the first start, so that a restart is found again
 	client     *grpc.ClientConn
 	gateConn   *grpc.ClientConn
@@ -62,7 +69,13 @@ type Node struct {
 // New starts a server and a gateway; both are stopped with the test.
 func New(t testing.TB) *Fleet {
 	t.Helper()
-	f := &Fleet{t: t, dir: t.TempDir(), grpcListen: "127.0.0.1:0", log: slog.New(slog.DiscardHandler)}
+	return NewStored(t, nil)
+}
+
+// NewStored is New with object storage for the server.
+func NewStored(t testing.TB, profiles *storage.Profiles) *Fleet {
+	t.Helper()
+	f := &Fleet{t: t, storage: profiles, dir: t.TempDir(), grpcListen: "127.0.0.1:0", log: slog.New(slog.DiscardHandler)}
 	if os.Getenv("FLEETTEST_LOG") != "" {
 		f.log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	}
@@ -91,7 +104,7 @@ func stop(fn func(context.Context) error) error {
 // StartServer starts the server, at the same address as before.
 func (f *Fleet) StartServer() {
 	f.t.Helper()
-	s, err := server.New(server.Config{DataDir: f.dir, GRPCListen: f.grpcListen, DefaultImage: Image, Logger: f.log.With("process", "server")})
+	s, err := server.New(server.Config{DataDir: f.dir, GRPCListen: f.grpcListen, DefaultImage: Image, StorageProfiles: f.storage, Logger: f.log.With("process", "server")})
 	f.must(err)
 	f.must(s.Start(f.t.Context()))
 	f.Server, f.grpcListen = s, s.Addr().String()
@@ -123,6 +136,7 @@ func (f *Fleet) dial() {
 	f.client, err = grpc.NewClient(f.grpcListen, grpc.WithTransportCredentials(credentials.NewTLS(&tls.Config{RootCAs: pool, ServerName: pki.ServerName})))
 	f.must(err)
 	f.Sessions, f.Nodes = cloudcodev1.NewSessionServiceClient(f.client), cloudcodev1.NewNodeServiceClient(f.client)
+	f.Storages = cloudcodev1.NewStorageServiceClient(f.client)
 }
 
 // StartGateway joins as a gateway and starts it.
@@ -230,6 +244,18 @@ func (n *Node) Stop() {
 	n.agent = nil
 }
 
+// Files is where the node has a session's files, which are /root/s3 in its container;
+// empty if it has none.
+func (n *Node) Files(s *cloudcodev1.Session) string {
+	n.fleet.t.Helper()
+	name := worker.VolumeName(&nodev1.Assignment{SessionId: strings.TrimPrefix(s.GetName(), "sessions/"), SessionUid: s.GetUid()})
+	dir := filepath.Join(n.fleet.dir, "volumes-"+n.machine, name, "s3")
+	if _, err := os.Stat(dir); err != nil {
+		return ""
+	}
+	return dir
+}
+
 // keepOpen is a runtime that outlives the node daemon.
 type keepOpen struct{ *runtimetest.Fake }
 
@@ -244,7 +270,11 @@ func (v volumes) Exists(name string) (bool, error) {
 
 func (v volumes) Ensure(_ context.Context, name string, _ int64) (volume.Volume, error) {
 	dir := filepath.Join(v.dir, name)
-	return volume.Volume{Dir: dir, S3Dir: dir, IDBase: 0x10000000}, os.MkdirAll(dir, 0o755)
+	vol := volume.Volume{
+		Dir: dir, S3Dir: filepath.Join(dir, "s3"), IDBase: 0x10000000, MountDir: filepath.Join(dir, "mnt"),
+		RootDir: filepath.Join(dir, "root"), StateDir: filepath.Join(dir, "state"),
+	}
+	return vol, os.MkdirAll(vol.S3Dir, 0o755)
 }
 
 func (v volumes) Remove(_ context.Context, name string) error {
@@ -310,4 +340,22 @@ func (f *Fleet) Await(id, what string, want func(*cloudcodev1.Session) bool) *cl
 func (f *Fleet) AwaitState(id string, state cloudcodev1.Session_State) *cloudcodev1.Session {
 	f.t.Helper()
 	return f.Await(id, state.String(), func(s *cloudcodev1.Session) bool { return s.GetState() == state })
+}
+
+// AwaitGone waits until there is no such session.
+func (f *Fleet) AwaitGone(id string) {
+	f.t.Helper()
+	ctx, cancel := context.WithTimeout(f.t.Context(), Wait)
+	defer cancel()
+	for {
+		s, err := f.Sessions.GetSession(ctx, &cloudcodev1.GetSessionRequest{Name: "sessions/" + id}, grpc.WaitForReady(true))
+		if status.Code(err) == codes.NotFound {
+			return
+		}
+		select {
+		case <-time.After(10 * time.Millisecond):
+		case <-ctx.Done():
+			f.t.Fatalf("session %s is not gone after %v: %v, %v", id, Wait, s, err)
+		}
+	}
 }

@@ -298,6 +298,9 @@ func (s *Sessions) DeleteSession(ctx context.Context, req *cloudcodev1.DeleteSes
 			return err
 		}
 		if sess.Deleting && sess.Purge == req.GetPurgeStorage() {
+			if sess.GiveUp(time.Now().UTC()) {
+				return putWithEvent(tx, sess)
+			}
 			return nil // a retry, whatever its etag
 		}
 		if !sess.Deleting {

@@ -742,6 +742,20 @@ func TestDeleteAndPurge(t *testing.T) {
 	}
 }
 
+func TestDeleteWhatIsLost(t *testing.T) {
+	f := newStored(t)
+	f.create(t, "a", nil)
+	f.run(t, "a")
+	for i, left := range []bool{false, true} {
+		got, err := f.DeleteSession(t.Context(), &cloudcodev1.DeleteSessionRequest{Name: "sessions/a"})
+		if err != nil || (got.GetNode() == "") != left {
+			t.Errorf("time %d: %v, %v", i, got, err)
+		}
+		// The reconciler finds that the node is away.
+		f.edit(t, "a", func(s *fleet.Session) { s.Reason = fleet.ReasonNodeUnreachable })
+	}
+}
+
 func TestStorageProfiles(t *testing.T) {
 	f := newStored(t)
 	got, err := f.storages.ListStorageProfiles(t.Context(), &cloudcodev1.ListStorageProfilesRequest{})

@@ -118,6 +118,18 @@ func (s *Session) Restore(checkpoint string, now time.Time) error {
 	return nil
 }
 
+// GiveUp ends the assignment of a session that is being deleted, is in object
+// storage, and whose node cannot be reached: what that has not saved is not waited
+// for. It says whether it did so.
+func (s *Session) GiveUp(now time.Time) bool {
+	if !s.Deleting || s.Assignment == nil || s.Reason != ReasonNodeUnreachable || !s.Spec.Storage.Remote() {
+		return false
+	}
+	s.leaveNode()
+	s.Reason, s.Message, s.UpdateTime = "", "", now
+	return true
+}
+
 // renewed says that the node is about to get the next generation: what it says of
 // this one is old.
 func (s *Session) renewed() bool {

@@ -197,3 +197,31 @@ func TestRestore(t *testing.T) {
 		}
 	}
 }
+
+func TestGiveUp(t *testing.T) {
+	now := time.Date(2026, 11, 24, 12, 0, 0, 0, time.UTC)
+	for name, c := range map[string]struct {
+		change func(*Session)
+		want   bool
+	}{
+		"away":        {func(*Session) {}, true},
+		"not deleted": {func(s *Session) { s.Deleting, s.State = false, StateLost }, false},
+		"node ready":  {func(s *Session) { s.Reason = "" }, false},
+		"local":       {func(s *Session) { s.Spec.Storage.Mode = ModeLocal }, false},
+		"on no node":  {func(s *Session) { s.Assignment = nil }, false},
+	} {
+		s := &Session{Deleting: true, State: StateDeleting, Reason: ReasonNodeUnreachable, Message: "m", Assignment: &Assignment{Node: "n1", Delete: true}}
+		s.Spec.Storage.Mode = ModeMount
+		c.change(s)
+		before := s.Clone()
+		if got := s.GiveUp(now); got != c.want {
+			t.Errorf("%s: %v", name, got)
+		}
+		if !c.want && !reflect.DeepEqual(s, before) {
+			t.Errorf("%s: changed to %+v", name, s)
+		}
+		if c.want && (s.Assignment != nil || s.Reason != "" || !s.AwaitsStorage()) {
+			t.Errorf("%s: %+v", name, s)
+		}
+	}
+}

@@ -101,6 +101,9 @@ func settle(s *fleet.Session, nodes map[string]*fleet.Node) (Action, bool) {
 		if !ready {
 			reason = fleet.ReasonNodeUnreachable
 			message = fmt.Sprintf("Node %s cannot be reached%s. The session and its workspace are removed when it returns.", a.Node, since(node))
+			if s.Spec.Storage.Remote() {
+				message += " Delete the session once more to give up what is only there."
+			}
 		}
 		if !a.Delete {
 			return action(AskDelete, s, fleet.StateDeleting, reason, message), true

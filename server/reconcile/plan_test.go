@@ -113,6 +113,7 @@ func TestDecisions(t *testing.T) {
 		"in object storage, lost":     {with(placed("a", "n1", fleet.StateRunning), remote), []*fleet.Node{away("n1"), ready("n2")}, "set-state  LOST NODE_UNREACHABLE", []string{"session resume a"}},
 		"restore":                     {with(placed("a", "n1", fleet.StateRunning), restore), []*fleet.Node{ready("n1")}, "reassign  STARTING ", []string{"c1"}},
 		"restoring":                   {with(with(placed("a", "n1", fleet.StateStarting), restore), func(s *fleet.Session) { s.Assignment.RestoreCheckpoint = "c1" }), []*fleet.Node{ready("n1")}, "", nil},
+		"delete remote, node away":    {with(with(placed("a", "n1", fleet.StateRunning), remote), deleting), []*fleet.Node{away("n1")}, "ask-delete  DELETING NODE_UNREACHABLE", []string{"once more"}},
 		"delete suspended":            {with(placed("a", "n1", fleet.StateRunning), func(s *fleet.Session) { suspended(s); deleting(s) }), []*fleet.Node{ready("n1")}, "ask-delete  DELETING ", nil},
 		"delete, storage not told":    {with(pending("a"), deletingRemote), nil, "", nil},
 		"delete, to be purged":        {with(pending("a"), func(s *fleet.Session) { deletingRemote(s); s.Purge = true }), nil, "set-state  DELETING STORAGE_PURGING", nil},
@@ -262,6 +263,15 @@ func (m *fleetMachine) Restore(t *rapid.T) {
 		t.Skip(err.Error())
 	}
 	m.gaveUp = s.ID
+	m.update(t, func(tx store.Tx) error { return tx.PutSession(s) })
+}
+
+// GiveUp is what deleting once more does.
+func (m *fleetMachine) GiveUp(t *rapid.T) {
+	s := m.pick(t)
+	if !s.GiveUp(time.Now()) {
+		t.Skip("there is nothing to give up")
+	}
 	m.update(t, func(tx store.Tx) error { return tx.PutSession(s) })
 }
 
@@ -445,7 +455,7 @@ func TestPlanProperties(t *testing.T) {
 		m := &fleetMachine{store: s, r: New(s, slog.New(slog.DiscardHandler)), seen: map[string]*fleet.Session{}}
 		rt.Repeat(map[string]func(*rapid.T){
 			"create": m.Create, "node": m.Node, "delete": m.Delete, "change": m.Change, "report": m.Report,
-			"suspend": m.Suspend, "resume": m.Resume, "restore": m.Restore, "settle": m.Settle, "": m.Check,
+			"suspend": m.Suspend, "resume": m.Resume, "restore": m.Restore, "settle": m.Settle, "giveUp": m.GiveUp, "": m.Check,
 		})
 	})
 }

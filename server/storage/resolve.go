@@ -118,7 +118,7 @@ func (s *Storage) resolveIn(ctx context.Context, c conf.Config, st fleet.Storage
 	if err != nil {
 		return Resolved{}, err
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, checkBound, errSlow)
+	ctx, cancel := bound(ctx, checkBound)
 	defer cancel()
 	out, err := inspect(ctx, b, st)
 	if err != nil {

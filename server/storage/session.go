@@ -24,13 +24,9 @@ type Session struct {
 	prefix string
 }
 
-func bound(ctx context.Context) (context.Context, context.CancelFunc) {
-	return context.WithTimeoutCause(ctx, askBound, errSlow)
-}
-
 // List returns all checkpoints, the newest first.
 func (s *Session) List(ctx context.Context) ([]*fleet.Checkpoint, error) {
-	ctx, cancel := bound(ctx)
+	ctx, cancel := bound(ctx, askBound)
 	defer cancel()
 	infos, err := s.inner.List(ctx)
 	if err != nil && !errors.Is(err, checkpoint.ErrNotFound) {
@@ -53,7 +49,7 @@ func describe(i checkpoint.Info) *fleet.Checkpoint {
 // Find returns the checkpoint that an id, or a prefix of only one, means; the
 // newest for the empty one. Returns NOT_FOUND.
 func (s *Session) Find(ctx context.Context, id string) (*fleet.Checkpoint, error) {
-	ctx, cancel := bound(ctx)
+	ctx, cancel := bound(ctx, askBound)
 	defer cancel()
 	id, err := s.inner.Find(ctx, id)
 	if err != nil {
@@ -80,7 +76,7 @@ func (s *Session) WriteTar(ctx context.Context, id, path string, w io.Writer) er
 // this session, which is not stored yet. Returns FAILED_PRECONDITION if something is
 // there already.
 func (s *Session) Copy(ctx context.Context, from *Session, id string, to *fleet.Session) error {
-	ctx, cancel := bound(ctx)
+	ctx, cancel := bound(ctx, askBound)
 	defer cancel()
 	record, err := Record(to)
 	if err != nil {
@@ -99,7 +95,7 @@ func owner(s *fleet.Session) checkpoint.Owner {
 
 // Discard takes back what Copy has made.
 func (s *Session) Discard(ctx context.Context) error {
-	ctx, cancel := bound(ctx)
+	ctx, cancel := bound(ctx, askBound)
 	defer cancel()
 	return explain(ctx, s.config, s.inner.Purge(ctx))
 }

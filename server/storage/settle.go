@@ -245,7 +245,7 @@ func (s *Storage) markDeleted(ctx context.Context, sess *fleet.Session) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := bound(ctx)
+	ctx, cancel := bound(ctx, askBound)
 	defer cancel()
 	head, err := st.inner.Head(ctx)
 	switch {

@@ -168,7 +168,7 @@ func (s *Storage) closeOldest() {
 // check asks whether the bucket can be used, unless that was so a moment ago, and
 // returns its region. Those who ask at the same time share one check.
 func (s *Storage) check(ctx context.Context, b *bucket) (region string, err error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, checkBound, errSlow)
+	ctx, cancel := bound(ctx, checkBound)
 	defer cancel()
 	select {
 	case b.checking <- struct{}{}:
@@ -194,12 +194,21 @@ func checkAndFind(ctx context.Context, c conf.Config) (string, error) {
 	return conf.ResolveRegion(ctx, c)
 }
 
-var errSlow = fmt.Errorf("%w: no answer within %v", objstore.ErrUnavailable, checkBound)
+// bound is for what somebody waits for. See explain.
+func bound(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(ctx, d, slowError(d))
+}
+
+// slowError says that a bound of our own has ended something.
+type slowError time.Duration
+
+func (e slowError) Error() string { return fmt.Sprintf("no answer within %v", time.Duration(e)) }
 
 // explain is words, where a bound of our own may be what ended it.
 func explain(ctx context.Context, c conf.Config, err error) error {
-	if cause := context.Cause(ctx); errors.Is(cause, errSlow) {
-		err = cause
+	var slow slowError
+	if err != nil && errors.As(context.Cause(ctx), &slow) {
+		err = fmt.Errorf("%w: %w", objstore.ErrUnavailable, slow)
 	}
 	return words(c, err)
 }
