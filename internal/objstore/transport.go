@@ -1,0 +1,174 @@
+package objstore
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"time"
+)
+
+// transport bounds every wait of a request, and looks whether it is an S3 server
+// that answers.
+type transport struct {
+	base   *http.Transport
+	stall  time.Duration
+	tigris bool
+}
+
+func newTransport(t Timeouts, tigris bool) *transport {
+	dialer := net.Dialer{Timeout: t.Dial, KeepAlive: 15 * time.Second}
+	return &transport{
+		stall:  t.Stall,
+		tigris: tigris,
+		base: &http.Transport{
+			Proxy: http.ProxyFromEnvironment,
+			DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+				c, err := dialer.DialContext(ctx, network, addr)
+				if err != nil {
+					return nil, err
+				}
+				return &stallConn{Conn: c, stall: t.Stall}, nil
+			},
+			TLSHandshakeTimeout:   t.Dial,
+			ResponseHeaderTimeout: t.Header,
+			ExpectContinueTimeout: time.Second,
+			IdleConnTimeout:       time.Minute,
+			MaxIdleConns:          64,
+			MaxIdleConnsPerHost:   64,
+			DisableCompression:    true, // content is what it is
+		},
+	}
+}
+
+// stallConn ends an upload that the other side does not take.
+type stallConn struct {
+	net.Conn
+	stall time.Duration
+}
+
+func (c *stallConn) Write(p []byte) (int, error) {
+	if err := c.SetWriteDeadline(time.Now().Add(c.stall)); err != nil {
+		return 0, err
+	}
+	return c.Conn.Write(p)
+}
+
+var errStalled = errors.New("the answer stopped coming")
+
+// RoundTrip implements http.RoundTripper.
+func (t *transport) RoundTrip(req *http.Request) (*http.Response, error) {
+	ctx, cancel := context.WithCancelCause(req.Context())
+	req = req.Clone(ctx)
+	if t.tigris {
+		// Tigris is one bucket in many regions: conditions and reads must go by
+		// what was written last anywhere. Not signed, as the signature is made already.
+		req.Header.Set("X-Tigris-Consistent", "true")
+	}
+	resp, err := t.base.RoundTrip(req)
+	if err != nil {
+		cancel(nil)
+		return nil, err
+	}
+	resp.Body = &stallBody{
+		ReadCloser: resp.Body, ctx: ctx, cancel: cancel, stall: t.stall,
+		timer: stoppedTimer(func() { cancel(errStalled) }),
+	}
+	if err := checkS3(req, resp); err != nil {
+		resp.Body.Close()
+		return nil, err
+	}
+	return resp, nil
+}
+
+func stoppedTimer(fn func()) *time.Timer {
+	t := time.AfterFunc(time.Hour, fn)
+	t.Stop()
+	return t
+}
+
+// stallBody ends a download that stops.
+type stallBody struct {
+	io.ReadCloser
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	stall  time.Duration
+	timer  *time.Timer
+}
+
+func (b *stallBody) Read(p []byte) (int, error) {
+	b.timer.Reset(b.stall)
+	n, err := b.ReadCloser.Read(p)
+	b.timer.Stop()
+	if err != nil && err != io.EOF && context.Cause(b.ctx) == errStalled { //nolint:errorlint // as it was given
+		err = errStalled
+	}
+	return n, err
+}
+
+func (b *stallBody) Close() error {
+	b.timer.Stop()
+	err := b.ReadCloser.Close()
+	b.cancel(nil)
+	return err
+}
+
+// notS3Error: something answers at the endpoint, but it is no S3 server.
+type notS3Error struct {
+	status   int
+	location string
+	text     string
+}
+
+func (e *notS3Error) Error() string {
+	switch {
+	case e.location != "":
+		return "it is no S3 server: it sends one to " + e.location
+	case strings.Contains(strings.ToLower(e.text), "http request to an https server"):
+		return "it wants https:// and not http://"
+	}
+	return fmt.Sprintf("it is no S3 server, or something in front of it answers: status %d and %q", e.status, e.text)
+}
+
+// checkS3 returns notS3Error for an answer that no S3 server gives: an error, or a
+// list, that is not XML. Failures of a proxy in front of a server that is down
+// are left to their status.
+func checkS3(req *http.Request, resp *http.Response) error {
+	q := req.URL.Query()
+	list := q.Has("list-type") || q.Has("location") || q.Has("delete")
+	switch s := resp.StatusCode; {
+	case s >= 500, s == http.StatusRequestTimeout, s == http.StatusTooManyRequests:
+		return nil
+	case s < 300 && !list, req.Method == http.MethodHead:
+		return nil
+	}
+	r := bufio.NewReader(resp.Body)
+	start, err := r.Peek(512)
+	if err != nil && err != io.EOF { //nolint:errorlint // bare, by io.Reader's rules
+		return err
+	}
+	text := bytes.TrimSpace(bytes.TrimPrefix(start, []byte("\xef\xbb\xbf")))
+	lower := bytes.ToLower(text)
+	xml := bytes.HasPrefix(text, []byte("<")) && !bytes.HasPrefix(lower, []byte("<html")) && !bytes.HasPrefix(lower, []byte("<!doctype"))
+	if xml || len(text) == 0 && !list {
+		resp.Body = struct {
+			io.Reader
+			io.Closer
+		}{r, resp.Body}
+		return nil
+	}
+	const enough = 80
+	if len(text) > enough {
+		text = text[:enough]
+	}
+	e := &notS3Error{status: resp.StatusCode, text: string(text)}
+	if resp.StatusCode/100 == 3 {
+		e.location = resp.Header.Get("Location")
+	}
+	return e
+}
