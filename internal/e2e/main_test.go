@@ -49,7 +49,7 @@ func testMain(m *testing.M) int {
 	}
 	before := machineNow()
 	code := m.Run()
-	errs := []error{sharedFleet.end()}
+	errs := []error{sharedFleet.end(), endStorage()}
 	if sharedModel.model != nil {
 		sharedModel.model.close()
 	}
