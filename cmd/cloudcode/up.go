@@ -117,6 +117,9 @@ func (u *up) run(cmd *cobra.Command) (err error) {
 		err = errors.Join(err, agent.Teardown(tctx, func(what string) { u.say("%s", what) }))
 	}()
 
+	if line := cli.StorageLine(cmd); line != "" {
+		u.say("%s", line)
+	}
 	if err := u.ensureSession(cmd); err != nil {
 		return interruptedIsFine(ctx, err)
 	}

@@ -120,6 +120,41 @@ type Progress struct {
 	Total   int64  // bytes; 0 when not known
 }
 
+// Hooks are called by Ensure, from its own goroutine. Each may be nil.
+type Hooks struct {
+	Progress func(Progress)
+	// Creating is called when the session has no container any more and the next
+	// one is about to be made. An error ends the start.
+	Creating func(ctx context.Context) error
+	// Created is called when a new container's mounts and namespaces exist and
+	// nothing of it has run yet: what is mounted below a Propagated mount's source
+	// now, the container sees from its first moment. An error ends the start.
+	Created func(ctx context.Context) error
+}
+
+// Report tells of progress; h may be nil.
+func (h *Hooks) Report(p Progress) {
+	if h != nil && h.Progress != nil {
+		h.Progress(p)
+	}
+}
+
+// BeforeCreate calls Creating; h may be nil.
+func (h *Hooks) BeforeCreate(ctx context.Context) error {
+	if h == nil || h.Creating == nil {
+		return nil
+	}
+	return h.Creating(ctx)
+}
+
+// AfterCreate calls Created; h may be nil.
+func (h *Hooks) AfterCreate(ctx context.Context) error {
+	if h == nil || h.Created == nil {
+		return nil
+	}
+	return h.Created(ctx)
+}
+
 // Image that can start without being pulled.
 type Image struct {
 	Name      string
@@ -135,14 +170,13 @@ type Runtime interface {
 	// running. It is idempotent: what runs already with an equal spec is left
 	// alone, and so is what differs in Generation or Resources only, which are
 	// changed in place. Anything else is stopped, removed and made anew. A
-	// paused container is resumed. report may be nil; it is called from Ensure's
-	// own goroutine.
+	// paused container is resumed. hooks may be nil.
 	//
 	// Returns ErrStaleGeneration, ErrImageNotFound, ErrImagePull,
 	// ErrInvalidSpec, ErrNoSpace or ErrUnavailable. On an error nothing that
 	// this call made is left behind, unless ctx ended: then List or the next
 	// Ensure cleans up.
-	Ensure(ctx context.Context, spec Spec, report func(Progress)) (Instance, error)
+	Ensure(ctx context.Context, spec Spec, hooks *Hooks) (Instance, error)
 	// Pause freezes all processes. Returns ErrNotFound.
 	Pause(ctx context.Context, session string) error
 	// Resume thaws. Returns ErrNotFound.

@@ -70,6 +70,11 @@ type Volume struct {
 	S3Dir string
 	// ScratchDir is for runtime.Spec.ScratchDir.
 	ScratchDir string
+	// MountDir and RootDir are mount points for the session's bucket, outside of its
+	// disk: of the mounter, and of what the container sees at /root/s3 where that is
+	// the bucket. StateDir keeps what the node knows of the session's checkpoints.
+	// Whoever uses them makes them.
+	MountDir, RootDir, StateDir string
 	// DiskBytes is the limit of S3Dir and ScratchDir together, 0 for none.
 	DiskBytes int64
 }
@@ -174,6 +179,7 @@ func (m *Manager) volume(session string, md meta) Volume {
 	return Volume{
 		Session: session, Dir: dir, IDBase: md.IDBase, DiskBytes: md.DiskBytes,
 		S3Dir: filepath.Join(dir, "data", "s3"), ScratchDir: filepath.Join(dir, "data", "scratch"),
+		MountDir: filepath.Join(dir, "mnt"), RootDir: filepath.Join(dir, "root"), StateDir: filepath.Join(dir, "state"),
 	}
 }
 

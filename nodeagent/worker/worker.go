@@ -351,9 +351,9 @@ func (w *Worker) keepRunning(actx context.Context, a *nodev1.Assignment, adopt b
 		return 0, err
 	}
 	spec := w.spec(a, vol)
-	inst, err := w.cfg.Runtime.Ensure(actx, spec, func(p runtime.Progress) {
+	inst, err := w.cfg.Runtime.Ensure(actx, spec, &runtime.Hooks{Progress: func(p runtime.Progress) {
 		starting(string(p.Phase), p.Detail, p.Current, p.Total)
-	})
+	}})
 	if err != nil {
 		return 0, err
 	}

@@ -26,6 +26,7 @@ const (
 	reasonNotPlaced       = "SESSION_NOT_PLACED"
 	reasonNoLogs          = "SESSION_NOT_STARTED"
 	reasonUnreachable     = "NODE_UNREACHABLE"
+	reasonLost            = "SESSION_LOST"
 )
 
 // classes maps the error classes of fleet; the only place that does.

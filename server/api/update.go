@@ -8,11 +8,9 @@ import (
 	"strings"
 	"time"
 
-	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/types/known/fieldmaskpb"
 
-	"github.com/cloudcode-dev/cloudcode/internal/grpcerr"
 	cloudcodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/v1"
 	"github.com/cloudcode-dev/cloudcode/server/fleet"
 	"github.com/cloudcode-dev/cloudcode/server/protoconv"
@@ -36,6 +34,25 @@ var fields = map[string]func(dst, src *wanted){
 	"spec.resources.pids":         func(d, s *wanted) { d.spec.Resources.PIDs = s.spec.Resources.PIDs },
 	"spec.resources.disk_bytes":   func(d, s *wanted) { d.spec.Resources.DiskBytes = s.spec.Resources.DiskBytes },
 	"spec.node_selector":          func(d, s *wanted) { d.spec.NodeSelector = s.spec.NodeSelector },
+
+	// Where a session is kept is decided when it is made. Keys can be renewed; empty
+	// ones were left out, as what the API shows leaves them out.
+	"spec.storage.s3.access_key_id": func(d, s *wanted) {
+		renew(d, s, func(k *fleet.S3) *string { return &k.AccessKeyID })
+	},
+	"spec.storage.s3.secret_access_key": func(d, s *wanted) {
+		renew(d, s, func(k *fleet.S3) *string { return &k.SecretAccessKey })
+	},
+}
+
+func renew(d, s *wanted, key func(*fleet.S3) *string) {
+	if s.spec.Storage.S3 == nil || *key(s.spec.Storage.S3) == "" {
+		return
+	}
+	if d.spec.Storage.S3 == nil {
+		d.spec.Storage.S3 = &fleet.S3{}
+	}
+	*key(d.spec.Storage.S3) = *key(s.spec.Storage.S3)
 }
 
 // carriers are fields of the request that say which session is meant. HTTP
@@ -68,6 +85,8 @@ func maskFields(v *violations, mask *fieldmaskpb.FieldMask, sess *cloudcodev1.Se
 		}
 		switch {
 		case found:
+		case strings.HasPrefix(path, "spec.storage."):
+			v.add("update_mask", fmt.Sprintf("%q cannot be changed after the session was made: only the keys in spec.storage.s3 can", path))
 		case outputOnly(path):
 			v.add("update_mask", fmt.Sprintf("%q is derived and cannot be set", path))
 		default:
@@ -100,7 +119,41 @@ func setFields(sess *cloudcodev1.Session) []string {
 }
 
 func fromProto(sess *cloudcodev1.Session) wanted {
-	return wanted{labels: protoconv.Map(sess.GetLabels()), spec: protoconv.SpecFromProto(sess.GetSpec())}
+	w := wanted{labels: protoconv.Map(sess.GetLabels()), spec: protoconv.SpecFromProto(sess.GetSpec())}
+	w.spec.Storage.S3 = protoconv.S3FromProto(sess.GetSpec().GetStorage().GetS3())
+	return w
+}
+
+// validateSameStorage: what a request says of the session's storage must be as it
+// is, but for the keys. It may leave out what it does not want to change.
+func validateSameStorage(v *violations, have fleet.Storage, asked *cloudcodev1.Storage) {
+	const field = "session.spec.storage"
+	const fixed = "cannot be changed after the session was made: fork it, or create a new one, and copy what it needs"
+	r := protoconv.StorageRequestFromProto(asked)
+	if r.Mode != "" && r.Mode != fleet.ModeAuto && r.Mode != have.Mode && (r.Mode != fleet.ModeLocal || have.Mode != "") {
+		v.add(field+".mode", fixed)
+	}
+	if r.Profile != "" && r.Profile != have.Profile {
+		v.add(field+".profile", fixed)
+	}
+	if r.Prefix != nil && *r.Prefix != have.Prefix {
+		v.add(field+".prefix", fixed)
+	}
+	if r.S3 == nil {
+		return
+	}
+	if have.S3 == nil {
+		v.add(field+".s3", "the session has no object storage of its own: its keys are those of the server")
+		return
+	}
+	for name, pair := range map[string][2]string{
+		"endpoint": {r.S3.Endpoint, have.S3.Endpoint}, "bucket": {r.S3.Bucket, have.S3.Bucket}, "region": {r.S3.Region, have.S3.Region},
+		"prefix": {r.S3.Prefix, have.S3.Prefix}, "tigrisfs_args": {r.S3.TigrisFSArgs, have.S3.TigrisFSArgs},
+	} {
+		if pair[0] != "" && pair[0] != pair[1] {
+			v.add(field+".s3."+name, fixed)
+		}
+	}
 }
 
 // UpdateSession implements SessionService.
@@ -112,6 +165,8 @@ func (s *Sessions) UpdateSession(ctx context.Context, req *cloudcodev1.UpdateSes
 		return nil, err
 	}
 	src := fromProto(req.GetSession())
+	all := len(req.GetUpdateMask().GetPaths()) == 0
+	storage := all || slices.ContainsFunc(chosen, func(f string) bool { return strings.HasPrefix(f, "spec.storage.") })
 	var sess *fleet.Session
 	_, err := s.config.Store.Update(ctx, func(tx store.Tx) (err error) {
 		sess, err = readSession(tx, id)
@@ -122,9 +177,9 @@ func (s *Sessions) UpdateSession(ctx context.Context, req *cloudcodev1.UpdateSes
 			return err
 		}
 		if sess.Deleting {
-			return grpcerr.New(codes.FailedPrecondition, reasonDeleting, "session %q is being deleted: it cannot be changed any more", id)
+			return deletingError(id)
 		}
-		next := wanted{labels: sess.Labels, spec: sess.Spec}
+		next := wanted{labels: sess.Labels, spec: sess.Spec.Clone()}
 		for _, field := range chosen {
 			fields[field](&next, &src)
 		}
@@ -132,6 +187,9 @@ func (s *Sessions) UpdateSession(ctx context.Context, req *cloudcodev1.UpdateSes
 			next.spec.Image = s.config.DefaultImage
 		}
 		var v violations
+		if storage {
+			validateSameStorage(&v, sess.Spec.Storage, req.GetSession().GetSpec().GetStorage())
+		}
 		if !maps.Equal(next.labels, sess.Labels) {
 			validateLabels(&v, "session.labels", next.labels)
 		}

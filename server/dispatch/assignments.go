@@ -41,7 +41,7 @@ func (d *Dispatcher) WatchAssignments(req *nodev1.WatchAssignmentsRequest, strea
 	}
 	full, w := d.mirror.watch(id)
 	defer d.mirror.unwatch(w)
-	s := &assignmentStream{stream: stream, sent: map[string]string{}}
+	s := &assignmentStream{stream: stream, storage: d.config.Storage, sent: map[string]string{}}
 	if err := s.snapshot(full); err != nil {
 		return err
 	}
@@ -71,14 +71,15 @@ func sendGateways(stream grpc.ServerStreamingServer[nodev1.WatchAssignmentsRespo
 
 // assignmentStream knows what its node was told.
 type assignmentStream struct {
-	stream grpc.ServerStreamingServer[nodev1.WatchAssignmentsResponse]
-	sent   map[string]string // session id to uid
+	stream  grpc.ServerStreamingServer[nodev1.WatchAssignmentsResponse]
+	storage Storage
+	sent    map[string]string // session id to uid
 }
 
 func (s *assignmentStream) snapshot(full map[string]placed) error {
 	all := make([]*nodev1.Assignment, 0, len(full))
 	for _, p := range full {
-		all = append(all, p.proto())
+		all = append(all, p.proto(s.storage))
 	}
 	return s.upsert(all, func(chunk []*nodev1.Assignment, last bool) *nodev1.WatchAssignmentsResponse {
 		return &nodev1.WatchAssignmentsResponse{Update: &nodev1.WatchAssignmentsResponse_Snapshot{
@@ -99,7 +100,7 @@ func (s *assignmentStream) changes(changes map[string]placed) error {
 			delete(s.sent, id)
 		}
 		if p.session != nil {
-			upserts = append(upserts, p.proto())
+			upserts = append(upserts, p.proto(s.storage))
 		}
 	}
 	slices.Sort(removes)

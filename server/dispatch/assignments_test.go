@@ -87,6 +87,92 @@ func TestAssignments(t *testing.T) {
 	})
 }
 
+func TestAssignedStorage(t *testing.T) {
+	bubble(t, func(f *fixture) {
+		a, local := session("a", "n1"), session("local", "n1")
+		a.Assignment.Spec.Storage = fleet.Storage{Mode: fleet.ModeSnapshot, Profile: "default", Bucket: "b", Prefix: "p"}
+		a.Labels = map[string]string{"team": "web"}
+		f.put(a, local)
+		n1, n2 := f.register("n1"), f.register("n2")
+		w, other := f.watch("n1", n1.GetRegistrationId()), f.watch("n2", n2.GetRegistrationId())
+		got := w.assigned["a"]
+		if st := got.GetStorage(); st.GetSecretAccessKey() != "key of default" || st.GetPrefix() != "p" || got.GetLabels()["team"] != "web" {
+			f.Errorf("assignment %v", got)
+		}
+		if got.GetHasWorkspace() || w.assigned["local"].GetStorage() != nil {
+			f.Errorf("local assignment %v", w.assigned["local"])
+		}
+		a.Assignment.Suspend = true
+		f.put(a)
+		f.wantSeen(w, "+a u-a 1 SUSPEND")
+		a.Assignment.Delete = true
+		f.put(a)
+		f.wantSeen(w, "+a u-a 1 DELETE")
+		a.Labels = map[string]string{"team": "db"}
+		f.put(a)
+		f.wantSeen(w, "+a u-a 1 DELETE")
+		// Suspended, and on to another node.
+		a.Assignment = nil
+		f.put(a)
+		f.wantSeen(w, "-a")
+		f.wantSeen(other)
+		a.ReadyTime = time.Now()
+		a.Assignment = &fleet.Assignment{
+			Node: "n2", Generation: 2, Spec: fleet.Spec{Storage: fleet.Storage{Mode: fleet.ModeMount}}, RestoreCheckpoint: "c1",
+		}
+		f.put(a)
+		f.wantSeen(other, "+a u-a 2 RUN")
+		f.wantSeen(w)
+		if got := other.assigned["a"]; got.GetRestoreCheckpoint() != "c1" || !got.GetHasWorkspace() {
+			f.Errorf("assignment %v", got)
+		}
+		for _, w := range []*watched{w, other} {
+			w.cancel()
+			<-w.done
+		}
+	})
+}
+
+// A node that suspends a session says so, and has it no longer.
+func TestSuspendedReport(t *testing.T) {
+	bubble(t, func(f *fixture) {
+		a := session("a", "n1")
+		a.State, a.Suspended, a.Assignment.Suspend = fleet.StateSuspending, true, true
+		a.Spec.Storage.Mode = fleet.ModeSnapshot
+		f.put(a)
+		reg := f.register("n1")
+		say := func(state nodev1.SessionStatus_State) nodev1.ReportResult_Code {
+			resp, err := f.client.ReportStatus(as(f.Context(), "n1"), &nodev1.ReportStatusRequest{
+				RegistrationId: reg.GetRegistrationId(), Statuses: []*nodev1.SessionStatus{{
+					SessionId: "a", SessionUid: "u-a", Generation: 1, State: state,
+					Progress: &cloudcodev1.StartProgress{Phase: "checkpoint", CurrentBytes: 1},
+					Storage:  &cloudcodev1.StorageStatus{Checkpoint: &cloudcodev1.Checkpoint{Id: "c1", Notes: []string{"a socket"}}, Message: "m"},
+				}},
+			})
+			if err != nil {
+				f.Fatal(err)
+			}
+			return resp.GetResults()[0].GetCode()
+		}
+		if code := say(nodev1.SessionStatus_SUSPENDING); code != nodev1.ReportResult_STORED {
+			f.Errorf("SUSPENDING: %s", code)
+		}
+		s, _ := f.session("a")
+		if s.State != fleet.StateSuspending || s.Progress.Phase != "checkpoint" || s.Storage.Checkpoint.ID != "c1" || s.Storage.Checkpoint.Notes != nil || s.Storage.Message != "m" {
+			f.Errorf("while it is saved: %+v, %+v", s, s.Storage)
+		}
+		if code := say(nodev1.SessionStatus_SUSPENDED); code != nodev1.ReportResult_STORED {
+			f.Errorf("SUSPENDED: %s", code)
+		}
+		if s, _ := f.session("a"); s.State != fleet.StateSuspended || s.Assignment != nil || s.Storage.Checkpoint.ID != "c1" {
+			f.Errorf("suspended: %+v", s)
+		}
+		if code := say(nodev1.SessionStatus_SUSPENDED); code != nodev1.ReportResult_STALE {
+			f.Errorf("once more: %s", code)
+		}
+	})
+}
+
 func TestManyAssignments(t *testing.T) {
 	bubble(t, func(f *fixture) {
 		const n = 10_000

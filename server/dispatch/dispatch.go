@@ -32,6 +32,7 @@ import (
 	"github.com/cloudcode-dev/cloudcode/internal/grpcerr"
 	nodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/node/v1"
 	"github.com/cloudcode-dev/cloudcode/server/fleet"
+	"github.com/cloudcode-dev/cloudcode/server/protoconv"
 	"github.com/cloudcode-dev/cloudcode/server/store"
 )
 
@@ -58,10 +59,20 @@ type Gateways interface {
 	Gateways() ([]*nodev1.Gateway, <-chan struct{})
 }
 
-// Config of a Dispatcher. All but Logger is needed.
+// Storage knows the keys to object storage.
+type Storage interface {
+	// Assigned returns what a node needs to keep a session that is in object
+	// storage. Where the server no longer knows the keys, they are missing in it: the
+	// node then can say so, and does not take the session for a local one.
+	Assigned(fleet.Storage) *nodev1.AssignedStorage
+}
+
+// Config of a Dispatcher. All but Logger and Storage is needed.
 type Config struct {
 	Store    store.Store
 	Gateways Gateways
+	// Storage is needed where sessions are kept in object storage.
+	Storage Storage
 	// Identify returns the id of the node that calls, from its certificate.
 	Identify func(ctx context.Context) (nodeID string, err error)
 	Logger   *slog.Logger
@@ -98,11 +109,21 @@ func New(c Config) *Dispatcher {
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
+	if c.Storage == nil {
+		c.Storage = noStorage{}
+	}
 	return &Dispatcher{
 		config: c, log: c.Logger, ready: make(chan struct{}),
 		mirror: newMirror(), reports: newBatcher(c.Store, c.Logger),
 		nodes: map[string]*registration{}, wake: make(chan struct{}, 1),
 	}
+}
+
+// noStorage knows no keys.
+type noStorage struct{}
+
+func (noStorage) Assigned(s fleet.Storage) *nodev1.AssignedStorage {
+	return &nodev1.AssignedStorage{Mode: protoconv.StorageMode(s.Mode), Prefix: s.Prefix}
 }
 
 // Run ends leases, follows the store and writes reports, until ctx ends. The

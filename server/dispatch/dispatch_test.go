@@ -56,6 +56,13 @@ func (g *gateways) set(ids ...string) {
 	g.changed = make(chan struct{})
 }
 
+// keys knows the keys of every bucket.
+type keys struct{}
+
+func (keys) Assigned(s fleet.Storage) *nodev1.AssignedStorage {
+	return &nodev1.AssignedStorage{Mode: cloudcodev1.Storage_SNAPSHOT, Bucket: s.Bucket, Prefix: s.Prefix, SecretAccessKey: "key of " + s.Profile}
+}
+
 // fixture is a store and a Dispatcher behind gRPC, in a bubble of virtual time.
 type fixture struct {
 	*testing.T
@@ -86,7 +93,7 @@ func bubble(t *testing.T, fn func(f *fixture)) {
 // start starts a server.
 func (f *fixture) start() {
 	f.d = New(Config{
-		Store: f.faults, Gateways: f.gateways, Logger: slog.New(slog.DiscardHandler),
+		Store: f.faults, Gateways: f.gateways, Logger: slog.New(slog.DiscardHandler), Storage: keys{},
 		Identify: func(ctx context.Context) (string, error) {
 			id := metadata.ValueFromIncomingContext(ctx, "node")
 			if len(id) != 1 {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"sync"
 	"time"
 
@@ -39,8 +40,10 @@ func (p placed) same(o placed) bool {
 		return p.session == o.session
 	}
 	a, b := p.session.Assignment, o.session.Assignment
-	// The spec and the password change with the generation only.
-	return p.session.UID == o.session.UID && a.Node == b.Node && a.Generation == b.Generation && a.Delete == b.Delete
+	// The spec with its keys, the password and what is restored change with the
+	// generation only; keys of a profile when the server starts.
+	return p.session.UID == o.session.UID && a.Node == b.Node && a.Generation == b.Generation &&
+		a.Delete == b.Delete && a.Suspend == b.Suspend && maps.Equal(p.session.Labels, o.session.Labels)
 }
 
 func (p placed) node() string {
@@ -50,18 +53,28 @@ func (p placed) node() string {
 	return p.session.Assignment.Node
 }
 
-func (p placed) proto() *nodev1.Assignment {
+// proto is what the node is told; keys are in it, and go nowhere else.
+func (p placed) proto(storage Storage) *nodev1.Assignment {
 	a := p.session.Assignment
 	desired := nodev1.Assignment_RUN
-	if a.Delete {
+	switch {
+	case a.Delete:
 		desired = nodev1.Assignment_DELETE
+	case a.Suspend:
+		desired = nodev1.Assignment_SUSPEND
 	}
-	return &nodev1.Assignment{
+	out := &nodev1.Assignment{
 		SessionId: p.session.ID, SessionUid: p.session.UID, Generation: int64(a.Generation),
 		DesiredState: desired, Spec: protoconv.Spec(a.Spec), OpencodePassword: a.Password,
-		// Sessions stay on their node: where it was ready once, its workspace is.
+		// Where it was ready once, its workspace is: on this node, or else in its
+		// object storage.
 		HasWorkspace: !p.session.ReadyTime.IsZero(),
+		Labels:       maps.Clone(p.session.Labels), RestoreCheckpoint: a.RestoreCheckpoint,
 	}
+	if a.Spec.Storage.Remote() {
+		out.Storage = storage.Assigned(a.Spec.Storage)
+	}
+	return out
 }
 
 // watcher is one stream's view of its node.

@@ -57,15 +57,24 @@ func report(s *nodev1.SessionStatus) fleet.Report {
 	states := map[nodev1.SessionStatus_State]fleet.ReportedState{
 		nodev1.SessionStatus_STARTING: fleet.ReportedStarting, nodev1.SessionStatus_RUNNING: fleet.ReportedRunning,
 		nodev1.SessionStatus_FAILED: fleet.ReportedFailed, nodev1.SessionStatus_GONE: fleet.ReportedGone,
+		nodev1.SessionStatus_SUSPENDING: fleet.ReportedSuspending, nodev1.SessionStatus_SUSPENDED: fleet.ReportedSuspended,
 	}
 	r := fleet.Report{
 		SessionID: s.GetSessionId(), SessionUID: s.GetSessionUid(), Generation: uint64(s.GetGeneration()),
 		State: states[s.GetState()], Reason: clip(s.GetReason()), Message: clip(s.GetMessage()),
 		Progress: protoconv.ProgressFromProto(s.GetProgress()), RestartCount: s.GetRestartCount(),
 		ReadyTime: protoconv.TimeFromProto(s.GetReadyTime()), OpenCodeVersion: clip(s.GetOpencodeVersion()),
+		Storage: protoconv.StorageStatusFromProto(s.GetStorage()),
 	}
 	if r.Progress != nil {
 		r.Progress.Phase, r.Progress.Detail = clip(r.Progress.Phase), clip(r.Progress.Detail)
+	}
+	if st := r.Storage; st != nil {
+		st.Message, st.Mounter = clip(st.Message), clip(st.Mounter)
+		if c := st.Checkpoint; c != nil {
+			c.ID, c.Trigger, c.OpenCodeVersion, c.Node = clip(c.ID), clip(c.Trigger), clip(c.OpenCodeVersion), clip(c.Node)
+			c.Notes = nil // these are for ListCheckpoints
+		}
 	}
 	return r
 }

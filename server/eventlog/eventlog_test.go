@@ -52,6 +52,31 @@ func TestFromNowOn(t *testing.T) {
 	})
 }
 
+// What a node says of a checkpoint is no event of OpenCode, and stands in order
+// with those.
+func TestCheckpointed(t *testing.T) {
+	bubble(t, func(f *fixture) {
+		f.create("a", "u1")
+		n := f.nodes["n1"]
+		r := f.subscribe("a", "")
+		synctest.Wait()
+		n.emit("session.idle")
+		n.emitFrame("cloudcode.checkpointed", `{"id":"c1","trigger":"turn","files":"7","fieldOfLater":1}`)
+		n.emit("next")
+		n.emitFrame("cloudcode.checkpointed", `{`)
+		f.want(r, "L:RUNNING:", "session.idle", "CHECKPOINT:c1:turn", "next", "CHECKPOINT::")
+		if c := r.got()[3].GetCheckpointed().GetCheckpoint(); c.GetFiles() != 7 {
+			f.Errorf("checkpoint %v", c)
+		}
+		// It is replayed like the others.
+		after := r.got()[2].GetId()
+		r.stop()
+		again := f.subscribe("a", after)
+		f.want(again, "CHECKPOINT:c1:turn", "next", "CHECKPOINT::")
+		again.stop()
+	})
+}
+
 func TestHeartbeats(t *testing.T) {
 	bubble(t, func(f *fixture) {
 		f.create("a", "u1")

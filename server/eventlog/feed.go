@@ -10,6 +10,7 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -22,6 +23,10 @@ import (
 // typeGap is the type that a node gives to an event that stands for others that
 // it missed itself.
 const typeGap = "cloudcode.gap"
+
+// typeCheckpointed is the type that a node gives to what is no event of OpenCode:
+// its frame is a cloudcodev1.Checkpoint in JSON.
+const typeCheckpointed = "cloudcode.checkpointed"
 
 // feed collects the events of one session for all of its subscribers. One
 // goroutine owns it: run.
@@ -273,6 +278,15 @@ func (f *feed) ringEntry(e *nodev1.RingEvent, old bool) *entry {
 	out.event = &cloudcodev1.SessionEvent{Time: e.GetTime()}
 	if e.GetType() == typeGap {
 		out.event.Event = gapEvent("The node lost its connection to OpenCode's event stream for a moment; what OpenCode said meanwhile is not known.")
+		return out
+	}
+	if e.GetType() == typeCheckpointed {
+		// A newer node may say more of it than is known here.
+		checkpoint := &cloudcodev1.Checkpoint{}
+		if err := (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(e.GetFrame(), checkpoint); err != nil {
+			f.log.log.Error("a node's checkpointed event cannot be read", "session", f.id, "error", err)
+		}
+		out.event.Event = &cloudcodev1.SessionEvent_Checkpointed{Checkpointed: &cloudcodev1.CheckpointedEvent{Checkpoint: checkpoint}}
 		return out
 	}
 	frame := string(e.GetFrame())

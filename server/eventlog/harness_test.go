@@ -116,13 +116,17 @@ func (n *node) WatchEvents(req *nodev1.WatchEventsRequest, stream grpc.ServerStr
 
 // emit makes OpenCode say something.
 func (n *node) emit(types ...string) {
+	for _, typ := range types {
+		n.emitFrame(typ, `{"a":1}`)
+	}
+}
+
+func (n *node) emitFrame(typ, frame string) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	for _, typ := range types {
-		n.events = append(n.events, &nodev1.RingEvent{
-			Sequence: n.first + uint64(len(n.events)), Time: timestamppb.Now(), Type: typ, Frame: []byte(`{"a":1}`),
-		})
-	}
+	n.events = append(n.events, &nodev1.RingEvent{
+		Sequence: n.first + uint64(len(n.events)), Time: timestamppb.Now(), Type: typ, Frame: []byte(frame),
+	})
 	close(n.changed)
 	n.changed = make(chan struct{})
 }
@@ -292,6 +296,8 @@ func name(e *cloudcodev1.SessionEvent) string {
 		return "L:" + s.GetState().String() + ":" + s.GetMessage()
 	case *cloudcodev1.SessionEvent_Opencode:
 		return v.Opencode.GetType()
+	case *cloudcodev1.SessionEvent_Checkpointed:
+		return "CHECKPOINT:" + v.Checkpointed.GetCheckpoint().GetId() + ":" + v.Checkpointed.GetCheckpoint().GetTrigger()
 	case *cloudcodev1.SessionEvent_Gap:
 		return "GAP"
 	case *cloudcodev1.SessionEvent_End:

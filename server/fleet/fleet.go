@@ -19,6 +19,9 @@ const (
 	StateFailed   State = "FAILED"   // could not be kept running
 	StateLost     State = "LOST"     // its node is gone, and its workspace is only there
 	StateDeleting State = "DELETING" // being removed
+
+	StateSuspending State = "SUSPENDING" // being saved before its container ends
+	StateSuspended  State = "SUSPENDED"  // no container; starts again when it is resumed
 )
 
 // Reasons why a session or node is in its state. They are part of the API:
@@ -31,6 +34,7 @@ const (
 	ReasonNodeUnreachable = "NODE_UNREACHABLE"
 	ReasonNodeReturned    = "NODE_RETURNED" // after it was unreachable; its report is awaited
 	ReasonHeartbeatMissed = "HEARTBEAT_MISSED"
+	ReasonPurging         = "STORAGE_PURGING" // deleted, and its object storage is being emptied
 )
 
 // Resources limits a session; zero means none.
@@ -48,6 +52,7 @@ type Spec struct {
 	OpenCodeConfig string            `json:"opencode_config,omitempty"`
 	Resources      Resources         `json:"resources"`
 	NodeSelector   map[string]string `json:"node_selector,omitempty"`
+	Storage        Storage           `json:"storage,omitzero"`
 }
 
 // Progress says how far a start has come.
@@ -70,6 +75,16 @@ type Session struct {
 
 	// Deleting is asked for once and never taken back.
 	Deleting bool `json:"deleting,omitempty"`
+	// Purge asks for the session's object storage to be emptied with it.
+	Purge bool `json:"purge,omitempty"`
+	// StorageSettled says of a session that is being deleted that its object storage
+	// knows of it: it is marked as deleted there, or purged.
+	StorageSettled bool `json:"storage_settled,omitempty"`
+	// Suspended is what was asked for last, by Suspend and Resume.
+	Suspended bool `json:"suspended,omitempty"`
+	// RestoreCheckpoint is to be taken back to; every assignment carries it until
+	// the session has run with it.
+	RestoreCheckpoint string `json:"restore_checkpoint,omitempty"`
 
 	State    State     `json:"state"`
 	Reason   string    `json:"reason,omitempty"`
@@ -84,6 +99,9 @@ type Session struct {
 	RestartCount    int32     `json:"restart_count,omitempty"`
 	ReadyTime       time.Time `json:"ready_time,omitzero"`
 	OpenCodeVersion string    `json:"opencode_version,omitempty"`
+
+	// Storage is what nodes have said of the session's object storage; nil: nothing yet.
+	Storage *StorageStatus `json:"storage,omitempty"`
 }
 
 // Clone returns a copy that shares nothing with s.
@@ -100,13 +118,27 @@ func (s *Session) Clone() *Session {
 		a.Spec = s.Assignment.Spec.Clone()
 		c.Assignment = &a
 	}
+	c.Storage = s.Storage.Clone()
 	return &c
+}
+
+// WithoutSecrets returns a copy without passwords and keys, for what is kept or
+// shown longer than they are needed.
+func (s *Session) WithoutSecrets() *Session {
+	c := s.Clone()
+	c.Spec.Storage.hideSecrets()
+	if c.Assignment != nil {
+		c.Assignment.Password = ""
+		c.Assignment.Spec.Storage.hideSecrets()
+	}
+	return c
 }
 
 // Clone returns a copy that shares nothing with s.
 func (s Spec) Clone() Spec {
 	s.Env = maps.Clone(s.Env)
 	s.NodeSelector = maps.Clone(s.NodeSelector)
+	s.Storage = s.Storage.Clone()
 	return s
 }
 
@@ -119,7 +151,12 @@ type Assignment struct {
 	// Delete asks the node to stop the session and to remove its workspace;
 	// otherwise it is kept running.
 	Delete bool `json:"delete,omitempty"`
-	Spec   Spec `json:"spec"`
+	// Suspend asks the node to save the session and to stop it. Delete comes before it.
+	Suspend bool `json:"suspend,omitempty"`
+	// RestoreCheckpoint is what the node takes the session back to, once, before it
+	// starts it in this generation; empty: nothing.
+	RestoreCheckpoint string `json:"restore_checkpoint,omitempty"`
+	Spec              Spec   `json:"spec"`
 	// Password of the session's OpenCode: made by the server, known to node and
 	// gateways, never shown by the API.
 	Password string `json:"password"`
@@ -194,6 +231,7 @@ type Report struct {
 	RestartCount    int32
 	ReadyTime       time.Time
 	OpenCodeVersion string
+	Storage         *StorageStatus // nil: nothing is said
 }
 
 // ReportedState is a session's state as its node sees it.
@@ -205,4 +243,9 @@ const (
 	ReportedRunning  ReportedState = "RUNNING"
 	ReportedFailed   ReportedState = "FAILED"
 	ReportedGone     ReportedState = "GONE" // container and workspace are removed
+
+	ReportedSuspending ReportedState = "SUSPENDING"
+	// ReportedSuspended: the container is gone. With object storage so is all else,
+	// and it is saved; otherwise the workspace stays.
+	ReportedSuspended ReportedState = "SUSPENDED"
 )

@@ -21,7 +21,10 @@ const (
 // that is not known; then nothing is changed.
 //
 // A session that is being deleted stays DELETING whatever is reported. GONE
-// means something only where deletion was asked for: it ends the assignment.
+// means something only where deletion was asked for: it ends the assignment. In
+// the same way a session that is asked to be suspended stays SUSPENDING until the
+// node says SUSPENDED, which it says of no other; with object storage that ends the
+// assignment, too.
 func (s *Session) ApplyReport(r Report, node string, now time.Time) (Outcome, error) {
 	a := s.Assignment
 	switch {
@@ -33,21 +36,29 @@ func (s *Session) ApplyReport(r Report, node string, now time.Time) (Outcome, er
 		return Unchanged, fmt.Errorf("%w: session %s is at generation %d, the report is of %d", ErrStale, s.ID, a.Generation, r.Generation)
 	case r.State == ReportedGone && !a.Delete:
 		return Unchanged, fmt.Errorf("%w: session %s is not to be deleted", ErrStale, s.ID)
+	case (r.State == ReportedSuspending || r.State == ReportedSuspended) && !s.Deleting && !(s.Suspended && a.Suspend):
+		return Unchanged, fmt.Errorf("%w: session %s is not to be suspended", ErrStale, s.ID)
 	}
-	before := *s
+	before, assigned := *s, *a
+	s.takeStorage(r.Storage)
 	var err error
 	switch {
 	case r.State == ReportedGone:
+		// The node has marked it as deleted in its object storage.
+		s.StorageSettled = !s.Purge
 		s.Assignment = nil
 		err = s.SetState(StateDeleting, "", "")
 	case a.Delete:
 		err = s.applyDeleting(r)
 	case s.Deleting: // the node has not been asked yet
 		err = s.SetState(StateDeleting, s.Reason, s.Message)
+	case s.Suspended:
+		err = s.applySuspending(r)
 	default:
 		err = s.applyRunning(r, now)
 	}
 	if err != nil {
+		*a = assigned
 		*s = before
 		return Unchanged, err
 	}
@@ -68,6 +79,52 @@ func (s *Session) applyDeleting(r Report) error {
 	return s.SetState(StateDeleting, reason, message)
 }
 
+// applySuspending keeps why it cannot be saved or stopped yet. A session that is
+// suspended already is so whatever comes late.
+func (s *Session) applySuspending(r Report) error {
+	switch {
+	case r.State == ReportedSuspended:
+		if err := s.SetState(StateSuspended, r.Reason, r.Message); err != nil {
+			return err
+		}
+		if s.Spec.Storage.Remote() {
+			s.leaveNode()
+		}
+		return nil
+	case s.State == StateSuspended:
+		return nil
+	case r.State == ReportedSuspending || r.State == ReportedFailed:
+		if err := s.SetState(StateSuspending, r.Reason, r.Message); err != nil {
+			return err
+		}
+		s.takeProgress(r)
+		return nil
+	}
+	// The node has not heard of it yet.
+	return s.SetState(StateSuspending, s.Reason, s.Message)
+}
+
+// takeStorage: a node that names no checkpoint does not know of one yet, and what
+// was saved stays saved.
+func (s *Session) takeStorage(n *StorageStatus) {
+	if n == nil {
+		return
+	}
+	n = n.Clone()
+	if n.Checkpoint == nil && s.Storage != nil {
+		n.Checkpoint = s.Storage.Checkpoint
+	}
+	s.Storage = n
+}
+
+func (s *Session) takeProgress(r Report) {
+	s.Progress = nil
+	if r.Progress != nil {
+		p := *r.Progress
+		s.Progress = &p
+	}
+}
+
 func (s *Session) applyRunning(r Report, now time.Time) error {
 	states := map[ReportedState]State{
 		ReportedStarting: StateStarting, ReportedRunning: StateRunning, ReportedFailed: StateFailed,
@@ -81,11 +138,11 @@ func (s *Session) applyRunning(r Report, now time.Time) error {
 		return err
 	}
 	if state == StateStarting {
-		s.Progress = nil
-		if r.Progress != nil {
-			p := *r.Progress
-			s.Progress = &p
-		}
+		s.takeProgress(r)
+	}
+	if state == StateRunning && s.RestoreCheckpoint == s.Assignment.RestoreCheckpoint {
+		// Done. The same may be asked for again.
+		s.RestoreCheckpoint, s.Assignment.RestoreCheckpoint = "", ""
 	}
 	s.RestartCount = r.RestartCount
 	if r.OpenCodeVersion != "" {
@@ -102,11 +159,14 @@ func (s *Session) applyRunning(r Report, now time.Time) error {
 }
 
 func (s *Session) changedSince(b *Session) Outcome {
+	storage := b.Storage.compare(s.Storage)
 	switch {
+	case storage == Changed:
+		return Changed
 	case s.State != b.State || s.Reason != b.Reason || s.phase() != b.phase() ||
 		s.RestartCount != b.RestartCount || !s.ReadyTime.Equal(b.ReadyTime):
 		return Changed
-	case s.Message != b.Message || s.OpenCodeVersion != b.OpenCodeVersion || s.Assignment != b.Assignment ||
+	case storage == Progressed || s.RestoreCheckpoint != b.RestoreCheckpoint || s.Message != b.Message || s.OpenCodeVersion != b.OpenCodeVersion || s.Assignment != b.Assignment ||
 		(s.Progress != nil && *s.Progress != *b.Progress): // the phases are equal, so both are there or neither
 		return Progressed
 	}

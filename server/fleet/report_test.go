@@ -40,6 +40,21 @@ func TestApplyReport(t *testing.T) {
 		return func(r *Report) { r.Reason, r.Message = reason, message }
 	}
 	readyAt := func(r *Report) { r.ReadyTime = ready }
+	remote := func(s *Session) { s.Spec.Storage.Mode = ModeSnapshot }
+	suspended := func(s *Session) { s.Suspended = true }
+	suspending := func(s *Session) { s.Suspended, s.Assignment.Suspend = true, true }
+	stored := func(st StorageStatus) func(*Session) { return func(s *Session) { s.Storage = &st } }
+	says := func(st StorageStatus) func(*Report) { return func(r *Report) { r.Storage = &st } }
+	saved := func(id string) StorageStatus { return StorageStatus{Checkpoint: &Checkpoint{ID: id, Time: created}} }
+	unsaved := func(id string) StorageStatus {
+		st := saved(id)
+		st.UnsavedSince, st.Message, st.MountState, st.Mounter = ready, "m", MountRemounting, "tigrisfs"
+		return st
+	}
+	restore := func(asked, given string) func(*Session) {
+		return func(s *Session) { s.RestoreCheckpoint, s.Assignment.RestoreCheckpoint = asked, given }
+	}
+	asRunning := func(s *Session) { s.ReadyTime = ready }
 
 	tests := []struct {
 		name    string
@@ -137,7 +152,77 @@ func TestApplyReport(t *testing.T) {
 		},
 		{
 			name: "gone", session: session(StateDeleting, asked), report: report(ReportedGone),
-			want: session(StateDeleting, deleting, func(s *Session) { s.Assignment = nil }), outcome: Progressed,
+			want: session(StateDeleting, deleting, func(s *Session) { s.Assignment, s.StorageSettled = nil, true }), outcome: Progressed,
+		},
+		{
+			name: "gone, and to be purged", session: session(StateDeleting, asked, func(s *Session) { s.Purge = true }), report: report(ReportedGone),
+			want: session(StateDeleting, deleting, func(s *Session) { s.Assignment, s.Purge = nil, true }), outcome: Progressed,
+		},
+
+		{name: "suspended, and nobody asked", session: session(StateRunning, remote), report: report(ReportedSuspended), err: ErrStale},
+		{name: "suspended before the node was asked", session: session(StateSuspending, remote, suspended), report: report(ReportedSuspended), err: ErrStale},
+		{name: "suspended, and resumed meanwhile", session: session(StateStarting, remote, func(s *Session) { s.Assignment.Suspend = true }), report: report(ReportedSuspending), err: ErrStale},
+		{
+			name: "runs, as the node has not heard of the suspension", session: session(StateSuspending, remote, suspended), report: report(ReportedRunning, readyAt),
+			want: session(StateSuspending, remote, suspended), outcome: Unchanged,
+		},
+		{
+			name: "being saved", session: session(StateSuspending, remote, suspending), report: report(ReportedSuspending, at("checkpoint", 5)),
+			want: session(StateSuspending, remote, suspending, progress("checkpoint", 5)), outcome: Changed,
+		},
+		{
+			name: "more is saved", session: session(StateSuspending, remote, suspending, progress("checkpoint", 5)), report: report(ReportedSuspending, at("checkpoint", 6)),
+			want: session(StateSuspending, remote, suspending, progress("checkpoint", 6)), outcome: Progressed,
+		},
+		{
+			name: "cannot be saved", session: session(StateSuspending, remote, suspending), report: report(ReportedFailed, because("STORAGE_UNREACHABLE", "m")),
+			want: session(StateSuspending, remote, suspending, func(s *Session) { s.Reason, s.Message = "STORAGE_UNREACHABLE", "m" }), outcome: Changed,
+		},
+		{
+			name:    "suspended with object storage leaves its node",
+			session: session(StateSuspending, remote, suspending, progress("checkpoint", 5), stored(unsaved("c1"))), report: report(ReportedSuspended, says(saved("c2"))),
+			want: session(StateSuspended, remote, suspended, stored(saved("c2")), func(s *Session) { s.Assignment = nil }), outcome: Changed,
+		},
+		{
+			name: "suspended on its node", session: session(StateSuspending, suspending), report: report(ReportedSuspended),
+			want: session(StateSuspended, suspending), outcome: Changed,
+		},
+		{
+			name: "suspended stays so", session: session(StateSuspended, suspending), report: report(ReportedStarting),
+			want: session(StateSuspended, suspending), outcome: Unchanged,
+		},
+		{
+			name: "suspended while lost", session: session(StateLost, suspending), report: report(ReportedSuspended),
+			want: session(StateSuspended, suspending), outcome: Changed,
+		},
+
+		{
+			name: "saved once more", session: session(StateRunning, asRunning, stored(saved("c1"))), report: report(ReportedRunning, readyAt, says(saved("c2"))),
+			want: session(StateRunning, asRunning, stored(saved("c2"))), outcome: Progressed,
+		},
+		{
+			name: "saved as before", session: session(StateRunning, asRunning, stored(saved("c1"))), report: report(ReportedRunning, readyAt, says(saved("c1"))),
+			want: session(StateRunning, asRunning, stored(saved("c1"))), outcome: Unchanged,
+		},
+		{
+			name: "cannot be saved any more", session: session(StateRunning, asRunning, stored(saved("c1"))), report: report(ReportedRunning, readyAt, says(unsaved("c1"))),
+			want: session(StateRunning, asRunning, stored(unsaved("c1"))), outcome: Changed,
+		},
+		{
+			name: "names no checkpoint", session: session(StateRunning, asRunning, stored(saved("c1"))), report: report(ReportedRunning, readyAt, says(StorageStatus{})),
+			want: session(StateRunning, asRunning, stored(saved("c1"))), outcome: Unchanged,
+		},
+		{
+			name: "being taken back", session: session(StateStarting, restore("c1", "c1")), report: report(ReportedStarting, at("restore", 1)),
+			want: session(StateStarting, restore("c1", "c1"), progress("restore", 1)), outcome: Changed,
+		},
+		{
+			name: "taken back", session: session(StateStarting, restore("c1", "c1")), report: report(ReportedRunning, readyAt),
+			want: session(StateRunning, asRunning), outcome: Changed,
+		},
+		{
+			name: "asked for something else meanwhile", session: session(StateStarting, restore("c2", "c1")), report: report(ReportedRunning, readyAt),
+			want: session(StateRunning, restore("c2", "c1"), asRunning), outcome: Changed,
 		},
 	}
 	for _, tt := range tests {

@@ -4,20 +4,26 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"time"
 )
 
 // States lists all states of a session.
-var States = []State{StatePending, StateStarting, StateRunning, StateFailed, StateLost, StateDeleting}
+var States = []State{
+	StatePending, StateStarting, StateRunning, StateFailed, StateLost, StateDeleting, StateSuspending, StateSuspended,
+}
 
 // moves says which state may follow which. Staying in a state is always allowed.
 var moves = map[State][]State{
 	"":            {StatePending}, // made
-	StatePending:  {StateStarting, StateDeleting},
-	StateStarting: {StateRunning, StateFailed, StateLost, StateDeleting},
-	StateRunning:  {StateStarting, StateFailed, StateLost, StateDeleting},
-	StateFailed:   {StateStarting, StateRunning, StateLost, StateDeleting},
-	StateLost:     {StateStarting, StateRunning, StateFailed, StateDeleting},
-	StateDeleting: nil, // final: what follows is that the session is gone
+	StatePending:  {StateStarting, StateDeleting, StateSuspended},
+	StateStarting: {StateRunning, StateFailed, StateLost, StateDeleting, StateSuspending, StateSuspended},
+	StateRunning:  {StateStarting, StateFailed, StateLost, StateDeleting, StateSuspending, StateSuspended},
+	StateFailed:   {StateStarting, StateRunning, StateLost, StateDeleting, StateSuspending, StateSuspended},
+	// Given up on its node, it is PENDING again.
+	StateLost:       {StatePending, StateStarting, StateRunning, StateFailed, StateDeleting, StateSuspending, StateSuspended},
+	StateDeleting:   nil, // final: what follows is that the session is gone
+	StateSuspending: {StateStarting, StateLost, StateDeleting, StateSuspended},
+	StateSuspended:  {StatePending, StateStarting, StateDeleting},
 }
 
 // CanBecome says whether a session in state s may move to another state.
@@ -26,16 +32,88 @@ func (s State) CanBecome(to State) bool { return s == to || slices.Contains(move
 // SetState moves the session, with the reason and what a person should know.
 // Everything that changes a state does it here. Returns ErrFailedPrecondition if
 // the state does not allow the move; then nothing is changed. Progress is kept
-// only while the session starts.
+// only while the session starts or is being suspended.
 func (s *Session) SetState(to State, reason, message string) error {
 	if !s.State.CanBecome(to) {
 		return fmt.Errorf("%w: session %s is %s and cannot become %s", ErrFailedPrecondition, s.ID, s.State, to)
 	}
 	s.State, s.Reason, s.Message = to, reason, message
-	if to != StateStarting {
+	if to != StateStarting && to != StateSuspending {
 		s.Progress = nil
 	}
 	return nil
+}
+
+// Suspend asks for the session to be suspended. Asked again it changes nothing.
+// Returns ErrFailedPrecondition while the session is being deleted or is lost.
+func (s *Session) Suspend(now time.Time) error {
+	switch {
+	case s.Deleting:
+		return fmt.Errorf("%w: session %s is being deleted", ErrFailedPrecondition, s.ID)
+	case s.Suspended:
+		return nil
+	case s.State == StateLost:
+		return fmt.Errorf("%w: session %s is LOST: node %s cannot save it while it cannot be reached", ErrFailedPrecondition, s.ID, s.node())
+	}
+	to, message := StateSuspending, "It is being saved, and then stopped."
+	if s.Assignment == nil {
+		to, message = StateSuspended, "" // nothing is anywhere that would have to end
+	}
+	if err := s.SetState(to, "", message); err != nil {
+		return err
+	}
+	s.Suspended, s.Progress, s.UpdateTime = true, nil, now
+	return nil
+}
+
+// Resume asks for the session to run. One that is lost and in object storage is
+// given up on its node: it is placed again, and the next generation keeps the old
+// node from writing. A session that runs is left alone. Returns
+// ErrFailedPrecondition while the session is being deleted, or is lost with its
+// workspace.
+func (s *Session) Resume(now time.Time) error {
+	switch {
+	case s.Deleting:
+		return fmt.Errorf("%w: session %s is being deleted", ErrFailedPrecondition, s.ID)
+	case s.State == StateLost && !s.Spec.Storage.Remote():
+		return fmt.Errorf("%w: session %s is LOST and its files are on node %s alone: it goes on when that returns", ErrFailedPrecondition, s.ID, s.node())
+	case s.State != StateLost && !s.Suspended:
+		return nil
+	}
+	to, message := StateStarting, "It is being resumed."
+	if s.State == StateLost || s.Assignment == nil {
+		to, message = StatePending, "A node is being chosen."
+	}
+	if err := s.SetState(to, "", message); err != nil {
+		return err
+	}
+	if to == StatePending {
+		s.leaveNode()
+	}
+	s.Suspended, s.Progress, s.UpdateTime = false, nil, now
+	return nil
+}
+
+// leaveNode ends the assignment. What the node said of its mounts, and of what it
+// could not save, is over with it.
+func (s *Session) leaveNode() {
+	s.Assignment = nil
+	if s.Storage != nil {
+		s.Storage = &StorageStatus{Checkpoint: s.Storage.Clone().Checkpoint}
+	}
+}
+
+func (s *Session) node() string {
+	if s.Assignment == nil {
+		return ""
+	}
+	return s.Assignment.Node
+}
+
+// AwaitsStorage says of a session that is being deleted and on no node that its
+// object storage does not know of that yet.
+func (s *Session) AwaitsStorage() bool {
+	return s.Deleting && s.Assignment == nil && s.Spec.Storage.Remote() && !s.StorageSettled
 }
 
 // Equal says whether two specs ask for the same. The node selector counts:
@@ -51,8 +129,9 @@ func (s Spec) SameRun(o Spec) bool {
 }
 
 // SameContainer says whether a container made for o can become one for s in
-// place: CPU, memory and PID limits can change while it runs.
+// place: CPU, memory and PID limits can change while it runs. New keys of its
+// object storage make a new container: what mounts the bucket begins anew.
 func (s Spec) SameContainer(o Spec) bool {
 	return s.Image == o.Image && s.OpenCodeConfig == o.OpenCodeConfig &&
-		s.Resources.DiskBytes == o.Resources.DiskBytes && maps.Equal(s.Env, o.Env)
+		s.Resources.DiskBytes == o.Resources.DiskBytes && maps.Equal(s.Env, o.Env) && s.Storage.Equal(o.Storage)
 }

@@ -33,6 +33,7 @@ func Session(s *fleet.Session, webURI string) *cloudcodev1.Session {
 		ReadyTime:       Time(s.ReadyTime),
 		OpencodeVersion: s.OpenCodeVersion,
 		WebUri:          webURI,
+		Storage:         StorageStatus(s),
 	}
 	if s.Assignment != nil {
 		out.Node = NodeName(s.Assignment.Node)
@@ -61,6 +62,7 @@ func Spec(s fleet.Spec) *cloudcodev1.SessionSpec {
 		Env:            maps.Clone(s.Env),
 		OpencodeConfig: s.OpenCodeConfig,
 		NodeSelector:   maps.Clone(s.NodeSelector),
+		Storage:        Storage(s.Storage),
 	}
 	if r := s.Resources; r != (fleet.Resources{}) {
 		out.Resources = &cloudcodev1.Resources{
@@ -71,7 +73,8 @@ func Spec(s fleet.Spec) *cloudcodev1.SessionSpec {
 }
 
 // SpecFromProto takes nil for an empty spec. Empty maps become nil, so that equal
-// specs are equal however they were sent.
+// specs are equal however they were sent. It leaves out the storage: what a user
+// asks for there has to be decided first (see StorageRequest).
 func SpecFromProto(s *cloudcodev1.SessionSpec) fleet.Spec {
 	r := s.GetResources()
 	return fleet.Spec{

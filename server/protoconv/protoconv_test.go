@@ -50,8 +50,10 @@ func TestRoundTrips(t *testing.T) {
 		Image: "i", Env: map[string]string{"A": "b"}, OpenCodeConfig: "{}",
 		Resources:    fleet.Resources{CPUMillis: 1, MemoryBytes: 2, PIDs: 3, DiskBytes: 4},
 		NodeSelector: map[string]string{"z": "y"},
+		Storage:      fleet.Storage{Mode: fleet.ModeLocal},
 	}
 	full(t, spec)
+	spec.Storage = fleet.Storage{} // see TestStorage
 	if got := SpecFromProto(Spec(spec)); !reflect.DeepEqual(got, spec) {
 		t.Errorf("spec: %+v", got)
 	}
@@ -67,6 +69,61 @@ func TestRoundTrips(t *testing.T) {
 	full(t, *progress)
 	if got := ProgressFromProto(Progress(progress)); *got != *progress {
 		t.Errorf("progress: %+v", got)
+	}
+}
+
+func TestStorage(t *testing.T) {
+	own := &fleet.S3{
+		Endpoint: "e", Bucket: "b", AccessKeyID: "k", SecretAccessKey: "hunter2", Region: "r", PathStyle: true, Prefix: "p", TigrisFSArgs: "a",
+	}
+	full(t, *own)
+	st := fleet.Storage{Mode: fleet.ModeMount, Prefix: "x", Endpoint: "e", Bucket: "b", Root: "p", S3: own}
+	shown := Storage(st)
+	if text := protojson.Format(shown); strings.Contains(text, "hunter2") || shown.GetS3().GetAccessKeyId() != "k" {
+		t.Errorf("shown: %s", text)
+	}
+	shown.S3.SecretAccessKey = "hunter2"
+	if got := S3FromProto(shown.GetS3()); *got != *own {
+		t.Errorf("s3: %+v", got)
+	}
+	if r := StorageRequestFromProto(shown); r.Mode != fleet.ModeMount || r.Profile != "" || r.Prefix == nil || *r.Prefix != "x" || *r.S3 != *own {
+		t.Errorf("request: %+v", r)
+	}
+	if r := StorageRequestFromProto(nil); r != (StorageRequest{}) {
+		t.Errorf("request of nothing: %+v", r)
+	}
+	if r := StorageRequestFromProto(&cloudcodev1.Storage{Prefix: new(string)}); r.Prefix == nil || *r.Prefix != "" || r.Mode != "" {
+		t.Errorf("empty prefix: %+v", r)
+	}
+	if Storage(fleet.Storage{}) != nil {
+		t.Error("a session of before has storage")
+	}
+
+	now := time.Date(2026, 11, 24, 1, 2, 3, 0, time.UTC)
+	c := &fleet.Checkpoint{
+		ID: "i", Time: now, Trigger: "turn", Files: 1, Bytes: 2, UploadedBytes: 3, OpenCodeVersion: "4", Generation: 5, Node: "n", Notes: []string{"x"},
+	}
+	full(t, *c)
+	if got := CheckpointFromProto(Checkpoint(c)); !reflect.DeepEqual(got, c) || Checkpoint(c).GetNode() != "nodes/n" {
+		t.Errorf("checkpoint: %+v", got)
+	}
+	status := &fleet.StorageStatus{Checkpoint: c, UnsavedSince: now, Message: "m", MountState: fleet.MountFailed, Mounter: "rclone"}
+	full(t, *status)
+	s := &fleet.Session{Spec: fleet.Spec{Storage: st}, Storage: status}
+	out := StorageStatus(s)
+	if out.GetMode() != cloudcodev1.Storage_MOUNT || !out.GetPersistent() || out.GetUri() != "s3://b/p/x" {
+		t.Errorf("status: %v", out)
+	}
+	if got := StorageStatusFromProto(out); !reflect.DeepEqual(got, status) {
+		t.Errorf("status: %+v", got)
+	}
+	if out := StorageStatus(&fleet.Session{}); out.GetMode() != cloudcodev1.Storage_LOCAL || out.GetPersistent() || out.GetUri() != "" {
+		t.Errorf("local: %v", out)
+	}
+	for _, m := range []fleet.MountState{fleet.MountMounted, fleet.MountRemounting, fleet.MountFailed} {
+		if got := StorageStatus(&fleet.Session{Storage: &fleet.StorageStatus{MountState: m}}).GetMountState(); got.String() != string(m) {
+			t.Errorf("%s becomes %s", m, got)
+		}
 	}
 }
 

@@ -43,6 +43,8 @@ const (
 	Reassign Kind = "reassign"
 	// AskDelete tells the node to remove the session.
 	AskDelete Kind = "ask-delete"
+	// AskSuspend tells the node to save the session and to stop it.
+	AskSuspend Kind = "ask-suspend"
 	// SetState changes nothing else.
 	SetState Kind = "set-state"
 	// Remove deletes the session's record.
@@ -65,7 +67,7 @@ func Plan(snap Snapshot, _ time.Time) []Action {
 		if s.Assignment != nil {
 			count[s.Assignment.Node]++
 		}
-		if s.Assignment == nil && !s.Deleting {
+		if s.Assignment == nil && !s.Deleting && !s.Suspended {
 			pending = append(pending, s)
 			continue
 		}
@@ -85,11 +87,11 @@ func action(k Kind, s *fleet.Session, state fleet.State, reason, message string)
 	}
 }
 
-// settle decides for a session that is on a node or is being deleted.
+// settle decides for a session that is on a node, or is to be on none.
 func settle(s *fleet.Session, nodes map[string]*fleet.Node) (Action, bool) {
 	a := s.Assignment
-	if a == nil { // and Deleting
-		return action(Remove, s, "", "", ""), true
+	if a == nil {
+		return settleUnplaced(s)
 	}
 	node := nodes[a.Node]
 	ready := node != nil && node.State == fleet.NodeReady
@@ -111,12 +113,23 @@ func settle(s *fleet.Session, nodes map[string]*fleet.Node) (Action, bool) {
 		return Action{}, false
 	}
 
-	// A new spec reaches the node with the next generation. If the node is away it
-	// waits there.
-	if !s.Spec.SameRun(a.Spec) {
+	// What is to be run anew after this waits until it is resumed.
+	if s.Suspended {
+		return settleSuspended(s, node, ready)
+	}
+
+	// A new spec reaches the node with the next generation, and so does what ends a
+	// suspension: whatever the node still says of that is then old. If the node is
+	// away it waits there.
+	restore := s.RestoreCheckpoint != "" && s.RestoreCheckpoint != a.RestoreCheckpoint
+	if !s.Spec.SameRun(a.Spec) || a.Suspend || restore {
 		switch {
 		case !ready:
-			return action(Reassign, s, fleet.StateLost, fleet.ReasonNodeUnreachable, lost(a.Node, node)), true
+			return action(Reassign, s, fleet.StateLost, fleet.ReasonNodeUnreachable, lost(s, node)), true
+		case a.Suspend:
+			return action(Reassign, s, fleet.StateStarting, "", "It is being resumed."), true
+		case restore:
+			return action(Reassign, s, fleet.StateStarting, "", fmt.Sprintf("It is being taken back to checkpoint %s.", s.RestoreCheckpoint)), true
 		case s.Spec.SameContainer(a.Spec) && s.State == fleet.StateRunning:
 			// New limits do not interrupt it.
 			return action(Reassign, s, s.State, s.Reason, s.Message), true
@@ -127,18 +140,59 @@ func settle(s *fleet.Session, nodes map[string]*fleet.Node) (Action, bool) {
 
 	switch {
 	case !ready && s.State != fleet.StateLost:
-		return action(SetState, s, fleet.StateLost, fleet.ReasonNodeUnreachable, lost(a.Node, node)), true
+		return action(SetState, s, fleet.StateLost, fleet.ReasonNodeUnreachable, lost(s, node)), true
 	case ready && s.State == fleet.StateLost:
 		// The node reports next, and what it reports counts. Until then nothing is
 		// known but that the session is no longer lost. This cannot go back and forth:
 		// one direction needs the node ready, the other needs it not to be.
-		return action(SetState, s, fleet.StateStarting, fleet.ReasonNodeReturned,
-			fmt.Sprintf("Node %s is back; waiting for what it says of the session.", a.Node)), true
+		return action(SetState, s, fleet.StateStarting, fleet.ReasonNodeReturned, returned(a.Node)), true
 	}
 	return Action{}, false
 }
 
-func lost(id string, n *fleet.Node) string {
+// settleUnplaced decides for a session that is on no node and is being deleted or
+// suspended.
+func settleUnplaced(s *fleet.Session) (Action, bool) {
+	switch {
+	case s.AwaitsStorage() && s.Purge && s.Reason == "":
+		return action(SetState, s, fleet.StateDeleting, fleet.ReasonPurging, "Its folder and its checkpoints are being deleted from the object storage."), true
+	case s.AwaitsStorage(): // its record says where that is
+		return Action{}, false
+	case s.Deleting:
+		return action(Remove, s, "", "", ""), true
+	case s.State != fleet.StateSuspended:
+		return action(SetState, s, fleet.StateSuspended, "", ""), true
+	}
+	return Action{}, false
+}
+
+// settleSuspended decides for a session that is on a node and is to be suspended.
+func settleSuspended(s *fleet.Session, node *fleet.Node, ready bool) (Action, bool) {
+	a := s.Assignment
+	switch {
+	case !a.Suspend && !ready:
+		return action(AskSuspend, s, fleet.StateLost, fleet.ReasonNodeUnreachable, lost(s, node)), true
+	case !a.Suspend:
+		return action(AskSuspend, s, fleet.StateSuspending, "", "It is being saved, and then stopped."), true
+	case s.State == fleet.StateSuspended: // nothing runs that could be lost
+		return Action{}, false
+	case !ready && s.State != fleet.StateLost:
+		return action(SetState, s, fleet.StateLost, fleet.ReasonNodeUnreachable, lost(s, node)), true
+	case ready && s.State == fleet.StateLost:
+		return action(SetState, s, fleet.StateSuspending, fleet.ReasonNodeReturned, returned(a.Node)), true
+	}
+	return Action{}, false
+}
+
+func returned(node string) string {
+	return fmt.Sprintf("Node %s is back; waiting for what it says of the session.", node)
+}
+
+func lost(s *fleet.Session, n *fleet.Node) string {
+	id := s.Assignment.Node
+	if s.Spec.Storage.Remote() {
+		return fmt.Sprintf("Node %s cannot be reached%s. The session goes on when the node returns. If that is gone or cut off for good, `cloudcode session resume %s` starts it on another node from what is in its object storage.", id, since(n), s.ID)
+	}
 	return fmt.Sprintf("Node %s cannot be reached%s, and the session's workspace is only there. The session goes on when the node returns: check the machine, its network, and that `cloudcode nodeagent` runs on it.", id, since(n))
 }
 

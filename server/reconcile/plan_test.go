@@ -52,6 +52,18 @@ func TestDecisions(t *testing.T) {
 	limits := func(s *fleet.Session) { s.Spec.Resources.CPUMillis = 500 }
 	zone := func(s *fleet.Session) { s.Spec.NodeSelector = map[string]string{"zone": "b"} }
 	big := func(s *fleet.Session) { s.Spec.Resources.MemoryBytes = 8 << 30 }
+	remote := func(s *fleet.Session) {
+		s.Spec.Storage.Mode = fleet.ModeSnapshot
+		if s.Assignment != nil {
+			s.Assignment.Spec = s.Spec.Clone()
+		}
+	}
+	deletingRemote := func(s *fleet.Session) { remote(s); deleting(s) }
+	suspend := func(s *fleet.Session) { s.Suspended, s.State = true, fleet.StateSuspending }
+	suspending := func(s *fleet.Session) { suspend(s); s.Assignment.Suspend = true }
+	suspended := func(s *fleet.Session) { suspending(s); s.State = fleet.StateSuspended }
+	resumed := func(s *fleet.Session) { suspended(s); s.Suspended, s.State = false, fleet.StateStarting }
+	restore := func(s *fleet.Session) { s.RestoreCheckpoint = "c1" }
 	small := ready("n1")
 	small.Info.MemoryBytes = 4 << 30
 	for name, c := range map[string]struct {
@@ -84,6 +96,28 @@ func TestDecisions(t *testing.T) {
 		"new limits":               {with(placed("a", "n1", fleet.StateRunning), limits), []*fleet.Node{ready("n1")}, "reassign  RUNNING ", nil},
 		"new limits while failed":  {with(placed("a", "n1", fleet.StateFailed), limits), []*fleet.Node{ready("n1")}, "reassign  STARTING ", nil},
 		"new selector of a placed": {with(placed("a", "n1", fleet.StateRunning), zone), []*fleet.Node{ready("n1")}, "", nil},
+
+		"suspend":                     {with(placed("a", "n1", fleet.StateRunning), suspend), []*fleet.Node{ready("n1")}, "ask-suspend  SUSPENDING ", nil},
+		"suspend, node away":          {with(placed("a", "n1", fleet.StateRunning), suspend), []*fleet.Node{away("n1")}, "ask-suspend  LOST NODE_UNREACHABLE", nil},
+		"suspend asked":               {with(placed("a", "n1", fleet.StateRunning), suspending), []*fleet.Node{ready("n1")}, "", nil},
+		"suspend asked, node away":    {with(placed("a", "n1", fleet.StateRunning), suspending), []*fleet.Node{away("n1")}, "set-state  LOST NODE_UNREACHABLE", nil},
+		"suspend asked, node back":    {with(with(placed("a", "n1", fleet.StateRunning), suspending), func(s *fleet.Session) { s.State = fleet.StateLost }), []*fleet.Node{ready("n1")}, "set-state  SUSPENDING NODE_RETURNED", nil},
+		"suspended":                   {with(placed("a", "n1", fleet.StateRunning), suspended), []*fleet.Node{ready("n1")}, "", nil},
+		"suspended, node away":        {with(placed("a", "n1", fleet.StateRunning), suspended), nil, "", nil},
+		"suspended, new image":        {with(with(placed("a", "n1", fleet.StateRunning), suspended), image), []*fleet.Node{ready("n1")}, "", nil},
+		"suspended, on no node":       {with(pending("a"), func(s *fleet.Session) { s.Suspended, s.State = true, fleet.StateSuspended }), []*fleet.Node{ready("n1")}, "", nil},
+		"suspended before a node":     {with(pending("a"), func(s *fleet.Session) { s.Suspended = true }), []*fleet.Node{ready("n1")}, "set-state  SUSPENDED ", nil},
+		"resume on its node":          {with(placed("a", "n1", fleet.StateRunning), resumed), []*fleet.Node{ready("n1"), ready("n2")}, "reassign  STARTING ", nil},
+		"resume, node away":           {with(placed("a", "n1", fleet.StateRunning), resumed), []*fleet.Node{away("n1"), ready("n2")}, "reassign  LOST NODE_UNREACHABLE", nil},
+		"resume anywhere":             {with(pending("a"), func(s *fleet.Session) { s.Generation = 7; remote(s) }), []*fleet.Node{away("n1"), ready("n2")}, "place n2 STARTING ", nil},
+		"in object storage, lost":     {with(placed("a", "n1", fleet.StateRunning), remote), []*fleet.Node{away("n1"), ready("n2")}, "set-state  LOST NODE_UNREACHABLE", []string{"session resume a"}},
+		"restore":                     {with(placed("a", "n1", fleet.StateRunning), restore), []*fleet.Node{ready("n1")}, "reassign  STARTING ", []string{"c1"}},
+		"restoring":                   {with(with(placed("a", "n1", fleet.StateStarting), restore), func(s *fleet.Session) { s.Assignment.RestoreCheckpoint = "c1" }), []*fleet.Node{ready("n1")}, "", nil},
+		"delete suspended":            {with(placed("a", "n1", fleet.StateRunning), func(s *fleet.Session) { suspended(s); deleting(s) }), []*fleet.Node{ready("n1")}, "ask-delete  DELETING ", nil},
+		"delete, storage not told":    {with(pending("a"), deletingRemote), nil, "", nil},
+		"delete, to be purged":        {with(pending("a"), func(s *fleet.Session) { deletingRemote(s); s.Purge = true }), nil, "set-state  DELETING STORAGE_PURGING", nil},
+		"delete, cannot be purged":    {with(pending("a"), func(s *fleet.Session) { deletingRemote(s); s.Purge, s.Reason = true, "STORAGE_DENIED" }), nil, "", nil},
+		"delete, storage was settled": {with(pending("a"), func(s *fleet.Session) { deletingRemote(s); s.StorageSettled = true }), nil, "remove   ", nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			actions := Plan(Snapshot{Sessions: []*fleet.Session{c.session}, Nodes: c.nodes}, time.Now())
@@ -130,6 +164,8 @@ type fleetMachine struct {
 	r     *Reconciler
 	seen  map[string]*fleet.Session // by UID, as of the last check
 	next  int
+
+	gaveUp string // session that users asked something of since the last check
 }
 
 func (m *fleetMachine) update(t *rapid.T, fn func(tx store.Tx) error) {
@@ -156,6 +192,11 @@ func drawSpec(t *rapid.T) fleet.Spec {
 	return spec
 }
 
+// drawStorage is for a create: it never changes.
+func drawStorage(t *rapid.T) fleet.Storage {
+	return fleet.Storage{Mode: rapid.SampledFrom([]fleet.StorageMode{"", fleet.ModeLocal, fleet.ModeSnapshot, fleet.ModeMount}).Draw(t, "mode")}
+}
+
 func (m *fleetMachine) pick(t *rapid.T) *fleet.Session {
 	all := m.snapshot(t).Sessions
 	if len(all) == 0 {
@@ -174,6 +215,7 @@ func (m *fleetMachine) Create(t *rapid.T) {
 	m.next++
 	s := pending(fmt.Sprintf("s%d", m.next))
 	s.Spec = drawSpec(t)
+	s.Spec.Storage = drawStorage(t)
 	m.update(t, func(tx store.Tx) error { return tx.PutSession(s) })
 }
 
@@ -191,10 +233,42 @@ func (m *fleetMachine) Node(t *rapid.T) {
 
 func (m *fleetMachine) Delete(t *rapid.T) {
 	s := m.pick(t)
-	s.Deleting = true
+	s.Deleting, s.Purge = true, rapid.Bool().Draw(t, "purge")
 	if err := s.SetState(fleet.StateDeleting, "", ""); err != nil {
 		t.Fatal(err)
 	}
+	m.update(t, func(tx store.Tx) error { return tx.PutSession(s) })
+}
+
+// ask is what the API does; what it refuses changes nothing.
+func (m *fleetMachine) ask(t *rapid.T, fn func(*fleet.Session, time.Time) error) {
+	s := m.pick(t)
+	if err := fn(s, time.Now()); err != nil {
+		t.Skip(err.Error())
+	}
+	m.gaveUp = s.ID
+	m.update(t, func(tx store.Tx) error { return tx.PutSession(s) })
+}
+
+func (m *fleetMachine) Suspend(t *rapid.T) { m.ask(t, (*fleet.Session).Suspend) }
+func (m *fleetMachine) Resume(t *rapid.T)  { m.ask(t, (*fleet.Session).Resume) }
+
+func (m *fleetMachine) Restore(t *rapid.T) {
+	s := m.pick(t)
+	if s.Deleting || !s.Spec.Storage.Remote() {
+		t.Skip("the API refuses that")
+	}
+	s.RestoreCheckpoint = rapid.SampledFrom([]string{"c1", "c2"}).Draw(t, "checkpoint")
+	m.update(t, func(tx store.Tx) error { return tx.PutSession(s) })
+}
+
+// Settle is what the server does with the object storage of deleted sessions.
+func (m *fleetMachine) Settle(t *rapid.T) {
+	s := m.pick(t)
+	if !s.AwaitsStorage() {
+		t.Skip("nothing to do")
+	}
+	s.StorageSettled = true
 	m.update(t, func(tx store.Tx) error { return tx.PutSession(s) })
 }
 
@@ -203,7 +277,9 @@ func (m *fleetMachine) Change(t *rapid.T) {
 	if s.Deleting {
 		t.Skip("the API refuses that")
 	}
+	storage := s.Spec.Storage
 	s.Spec = drawSpec(t)
+	s.Spec.Storage = storage
 	m.update(t, func(tx store.Tx) error { return tx.PutSession(s) })
 }
 
@@ -217,14 +293,18 @@ func (m *fleetMachine) Report(t *rapid.T) {
 		if n, err := tx.Node(s.Assignment.Node); err != nil || n.State != fleet.NodeReady {
 			return err
 		}
-		if s.Assignment.Delete {
-			s.Assignment = nil // GONE
-			return tx.PutSession(s)
+		states := []fleet.ReportedState{fleet.ReportedStarting, fleet.ReportedRunning, fleet.ReportedFailed}
+		switch a := s.Assignment; {
+		case a.Delete:
+			states = []fleet.ReportedState{fleet.ReportedGone}
+		case a.Suspend:
+			states = append(states, fleet.ReportedSuspending, fleet.ReportedSuspended)
 		}
-		if s.Deleting {
-			return nil
+		r := fleet.Report{
+			SessionID: s.ID, SessionUID: s.UID, Generation: s.Assignment.Generation,
+			State: rapid.SampledFrom(states).Draw(t, "state"),
 		}
-		if err := s.SetState(rapid.SampledFrom([]fleet.State{fleet.StateStarting, fleet.StateRunning, fleet.StateFailed}).Draw(t, "state"), "", ""); err != nil {
+		if _, err := s.ApplyReport(r, s.Assignment.Node, time.Now()); err != nil {
 			return err
 		}
 		return tx.PutSession(s)
@@ -270,10 +350,15 @@ func (m *fleetMachine) Check(t *rapid.T) {
 		now[s.UID] = s
 		old := m.seen[s.UID]
 		if s.Assignment == nil {
-			if s.Deleting {
+			switch {
+			case s.Deleting && !s.AwaitsStorage():
 				t.Fatalf("%s is deleted, on no node, and still there", s.ID)
-			}
-			if s.State != fleet.StatePending || s.Reason == "" || s.Message == "" {
+			case s.Deleting && (s.Purge && s.Reason == "" || s.State != fleet.StateDeleting):
+				t.Fatalf("%s is %s for %q", s.ID, s.State, s.Reason)
+			case s.Deleting:
+			case s.Suspended != (s.State == fleet.StateSuspended):
+				t.Fatalf("%s is on no node, and %s; suspension is asked for: %v", s.ID, s.State, s.Suspended)
+			case !s.Suspended && (s.State != fleet.StatePending || s.Reason == "" || s.Message == ""):
 				t.Fatalf("%s is not placed, and %s for %q: %q", s.ID, s.State, s.Reason, s.Message)
 			}
 		} else {
@@ -284,9 +369,16 @@ func (m *fleetMachine) Check(t *rapid.T) {
 				t.Fatalf("%s: generation %d, assignment %+v", s.ID, s.Generation, a)
 			case s.Deleting != a.Delete || s.Deleting != (s.State == fleet.StateDeleting):
 				t.Fatalf("%s: deleting %v, asked %v, state %s", s.ID, s.Deleting, a.Delete, s.State)
-			case !s.Deleting && isReady == (s.State == fleet.StateLost):
+			case !s.Deleting && s.Suspended != a.Suspend:
+				t.Fatalf("%s: suspension is asked for: %v, its node was told: %v", s.ID, s.Suspended, a.Suspend)
+			case !s.Deleting && s.State != fleet.StateSuspended && isReady == (s.State == fleet.StateLost):
 				t.Fatalf("%s is %s, its node's readiness is %v", s.ID, s.State, isReady)
-			case !s.Deleting && !a.Spec.SameRun(s.Spec):
+			case !s.Deleting && s.Suspended && s.State != fleet.StateSuspending && s.State != fleet.StateSuspended && s.State != fleet.StateLost,
+				!s.Deleting && !s.Suspended && (s.State == fleet.StateSuspending || s.State == fleet.StateSuspended):
+				t.Fatalf("%s is %s; suspension is asked for: %v", s.ID, s.State, s.Suspended)
+			case !s.Deleting && s.State == fleet.StateSuspended && s.Spec.Storage.Remote():
+				t.Fatalf("%s is suspended in object storage, and still on %s", s.ID, a.Node)
+			case !s.Deleting && !s.Suspended && (!a.Spec.SameRun(s.Spec) || a.RestoreCheckpoint != s.RestoreCheckpoint):
 				t.Fatalf("%s does not run what was asked for", s.ID)
 			case !s.Deleting && (old == nil || old.Assignment == nil) && (!isReady || !matches(n, s.Spec.NodeSelector) || !fits(n, s.Spec.Resources)):
 				t.Fatalf("%s was placed on %+v", s.ID, n)
@@ -298,22 +390,27 @@ func (m *fleetMachine) Check(t *rapid.T) {
 		if s.Generation < old.Generation || (old.Deleting && !s.Deleting) {
 			t.Fatalf("%s went back: %+v, %+v", s.ID, old, s)
 		}
-		if old.Assignment != nil && (s.Assignment == nil || s.Assignment.Node != old.Assignment.Node || s.Assignment.Password != old.Assignment.Password) {
+		moved := old.Assignment != nil && (s.Assignment == nil || s.Assignment.Node != old.Assignment.Node || s.Assignment.Password != old.Assignment.Password)
+		// It may leave its node when it is deleted there, or, in object storage, when
+		// it is suspended or a user has given up its node.
+		left := s.Deleting || s.Spec.Storage.Remote() && (s.Suspended || old.Suspended || m.gaveUp == s.ID)
+		if moved && !left {
 			t.Fatalf("%s moved: %+v, %+v", s.ID, old.Assignment, s.Assignment)
 		}
-		if (s.Generation == old.Generation) != cmp.Equal(withoutDelete(s.Assignment), withoutDelete(old.Assignment)) {
+		if s.Assignment != nil && (s.Generation == old.Generation) != cmp.Equal(withoutWishes(s.Assignment), withoutWishes(old.Assignment)) {
 			t.Fatalf("%s: generation %d and %d for %+v and %+v", s.ID, old.Generation, s.Generation, old.Assignment, s.Assignment)
 		}
 	}
-	m.seen = now
+	m.seen, m.gaveUp = now, ""
 }
 
-func withoutDelete(a *fleet.Assignment) *fleet.Assignment {
+// withoutWishes is what changes with the generation only.
+func withoutWishes(a *fleet.Assignment) *fleet.Assignment {
 	if a == nil {
 		return nil
 	}
 	c := *a
-	c.Delete = false
+	c.Delete, c.Suspend, c.RestoreCheckpoint = false, false, ""
 	return &c
 }
 
@@ -344,7 +441,8 @@ func TestPlanProperties(t *testing.T) {
 		defer s.Close()
 		m := &fleetMachine{store: s, r: New(s, slog.New(slog.DiscardHandler)), seen: map[string]*fleet.Session{}}
 		rt.Repeat(map[string]func(*rapid.T){
-			"create": m.Create, "node": m.Node, "delete": m.Delete, "change": m.Change, "report": m.Report, "": m.Check,
+			"create": m.Create, "node": m.Node, "delete": m.Delete, "change": m.Change, "report": m.Report,
+			"suspend": m.Suspend, "resume": m.Resume, "restore": m.Restore, "settle": m.Settle, "": m.Check,
 		})
 	})
 }

@@ -178,18 +178,23 @@ func apply(tx store.Tx, s *fleet.Session, a Action, password string) error {
 			return fmt.Errorf("%w: node %s is no longer ready", fleet.ErrAborted, a.Node)
 		}
 		s.Generation++
-		s.Assignment = &fleet.Assignment{Node: a.Node, Generation: s.Generation, Spec: s.Spec.Clone(), Password: password}
+		s.Assignment = &fleet.Assignment{
+			Node: a.Node, Generation: s.Generation, Spec: s.Spec.Clone(), Password: password, RestoreCheckpoint: s.RestoreCheckpoint,
+		}
 		s.Progress = &fleet.Progress{Phase: "placed", Detail: "on node " + a.Node}
 		s.RestartCount = 0
 	case Reassign:
 		s.Generation++
 		s.Assignment.Generation, s.Assignment.Spec = s.Generation, s.Spec.Clone()
+		s.Assignment.Suspend, s.Assignment.RestoreCheckpoint = false, s.RestoreCheckpoint
 		if s.State == fleet.StateStarting {
 			s.Progress = &fleet.Progress{Phase: "placed", Detail: "on node " + s.Assignment.Node}
 		}
 		s.RestartCount = 0
 	case AskDelete:
 		s.Assignment.Delete = true
+	case AskSuspend:
+		s.Assignment.Suspend = true
 	}
 	s.UpdateTime = time.Now().UTC()
 	if err := tx.PutSession(s); err != nil {

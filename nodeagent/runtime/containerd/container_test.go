@@ -382,6 +382,41 @@ func TestVolume(t *testing.T) {
 			}
 		}
 
+		// So does what is mounted on the very folder that the container has, as long
+		// as that was bare when the container was made; and again after it was replaced.
+		if size == 0 {
+			on := func(data string) {
+				src := t.TempDir()
+				if err := os.WriteFile(filepath.Join(src, "file"), []byte(data), 0o644); err != nil {
+					t.Fatal(err)
+				}
+				if err := unix.Mount(src, v.RootDir, "", unix.MS_BIND, ""); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := os.Mkdir(v.RootDir, 0o755); err != nil {
+				t.Fatal(err)
+			}
+			rooted := spec
+			rooted.Mounts = []runtime.Mount{{Source: v.RootDir, Destination: "/root/s3", Propagated: true}}
+			if _, err := e.Ensure(ctx, rooted, &runtime.Hooks{Created: func(context.Context) error { on("first"); return nil }}); err != nil {
+				t.Fatal(err)
+			}
+			if got := e.mustAsk(t, session, "/read?path=/root/s3/file"); got != "first" {
+				t.Errorf("a mount on the container's own folder reads %q", got)
+			}
+			if err := unix.Unmount(v.RootDir, unix.MNT_DETACH); err != nil {
+				t.Fatal(err)
+			}
+			on("second")
+			if got := e.mustAsk(t, session, "/read?path=/root/s3/file"); got != "second" {
+				t.Errorf("the mount that replaced it reads %q", got)
+			}
+			if err := unix.Unmount(v.RootDir, 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+
 		// Another environment makes another container on the same layer.
 		spec.Env = map[string]string{"X": "1"}
 		e.mustEnsure(t, spec)

@@ -29,12 +29,9 @@ import (
 // What a container wrote to its root file system outlives the container when
 // spec.ScratchDir is set and the image stays the same: a restarted session
 // keeps what it installed.
-func (r *Runtime) Ensure(ctx context.Context, spec runtime.Spec, report func(runtime.Progress)) (runtime.Instance, error) {
+func (r *Runtime) Ensure(ctx context.Context, spec runtime.Spec, hooks *runtime.Hooks) (runtime.Instance, error) {
 	if err := runtime.ValidateSpec(spec); err != nil {
 		return runtime.Instance{}, err
-	}
-	if report == nil {
-		report = func(runtime.Progress) {}
 	}
 	ctx = r.ns(ctx)
 	unlock, err := r.locks.lock(ctx, spec.Session)
@@ -58,17 +55,20 @@ func (r *Runtime) Ensure(ctx context.Context, spec runtime.Spec, report func(run
 		return runtime.Instance{}, classify(err)
 	}
 
-	img, err := r.image(ctx, spec.Image, report)
+	img, err := r.image(ctx, spec.Image, hooks.Report)
 	if err != nil {
 		return runtime.Instance{}, classify(err)
 	}
-	report(runtime.Progress{Phase: runtime.PhaseContainer, Detail: "creating the container"})
+	hooks.Report(runtime.Progress{Phase: runtime.PhaseContainer, Detail: "creating the container"})
 	// Whatever there is goes first: two containers of a session must never
 	// write to its workspace together.
 	if err := r.remove(ctx, spec.Session, 0); err != nil {
 		return runtime.Instance{}, classify(err)
 	}
-	inst, err = r.create(ctx, spec, img)
+	if err := hooks.BeforeCreate(ctx); err != nil {
+		return runtime.Instance{}, err
+	}
+	inst, err = r.create(ctx, spec, img, hooks)
 	if err != nil {
 		cctx, cancel := afterwards(ctx)
 		defer cancel()
@@ -116,7 +116,7 @@ func (r *Runtime) adjust(ctx context.Context, inst runtime.Instance, rec record,
 }
 
 // create makes everything anew. The caller cleans up after an error.
-func (r *Runtime) create(ctx context.Context, spec runtime.Spec, img ctd.Image) (runtime.Instance, error) {
+func (r *Runtime) create(ctx context.Context, spec runtime.Spec, img ctd.Image, hooks *runtime.Hooks) (runtime.Instance, error) {
 	ctx, cancel := context.WithTimeout(ctx, createTimeout)
 	defer cancel()
 	// Without a lease the collector may take the snapshot before the
@@ -212,6 +212,9 @@ func (r *Runtime) create(ctx context.Context, spec runtime.Spec, img ctd.Image) 
 	}
 	rec.StartedAt = time.Now().UTC()
 	if err := r.saveRecord(rec); err != nil {
+		return runtime.Instance{}, err
+	}
+	if err := hooks.AfterCreate(ctx); err != nil {
 		return runtime.Instance{}, err
 	}
 	if err := task.Start(ctx); err != nil {

@@ -377,7 +377,7 @@ func TestPull(t *testing.T) {
 	spec := e.spec("one", "serve", "8080")
 	spec.Image = ref.String()
 	var phases []runtime.Progress
-	if _, err := e.Ensure(testContext(t), spec, func(p runtime.Progress) { phases = append(phases, p) }); err != nil {
+	if _, err := e.Ensure(testContext(t), spec, &runtime.Hooks{Progress: func(p runtime.Progress) { phases = append(phases, p) }}); err != nil {
 		t.Fatal(err)
 	}
 	if len(phases) < 2 || phases[0].Phase != runtime.PhaseImage || phases[len(phases)-1].Phase != runtime.PhaseContainer {

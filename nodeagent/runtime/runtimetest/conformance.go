@@ -59,6 +59,7 @@ func Run(t *testing.T, newRuntime func(t *testing.T) (runtime.Runtime, Fixture))
 		{"dial", testDial},
 		{"unknown image", testImageNotFound},
 		{"invalid specs", testInvalid},
+		{"hooks", testHooks},
 		{"sessions at the same time", testConcurrent},
 		{"images", testImages},
 	} {
@@ -480,4 +481,29 @@ func testImages(t *testing.T, s *suite) {
 	}
 	_, err = s.rt.ImportImage(ctx, strings.NewReader("bad"), name, nil)
 	wantErr(t, "importing garbage", err, runtime.ErrInvalidSpec)
+}
+
+func testHooks(t *testing.T, s *suite) {
+	spec := s.spec(t, "hooks", "serve", "8080")
+	var called []string
+	hooks := &runtime.Hooks{
+		Creating: func(context.Context) error { called = append(called, "creating"); return nil },
+		Created:  func(context.Context) error { called = append(called, "created"); return nil },
+	}
+	for range 2 { // the second finds it running
+		if _, err := s.rt.Ensure(testCtx(t), spec, hooks); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if want := []string{"creating", "created"}; !slices.Equal(called, want) {
+		t.Errorf("called %v, want %v", called, want)
+	}
+	spec.Env = map[string]string{"A": "1"}
+	refused := errors.New("refused")
+	hooks.Created = func(context.Context) error { return refused }
+	_, err := s.rt.Ensure(testCtx(t), spec, hooks)
+	wantErr(t, "a hook that fails", err, refused)
+	if i := s.listed(t, "hooks"); i != nil {
+		t.Errorf("left behind: %+v", i)
+	}
 }

@@ -121,10 +121,7 @@ func (f *Fake) end(c *fakeContainer, code int, oom bool) {
 }
 
 // Ensure implements runtime.Runtime.
-func (f *Fake) Ensure(ctx context.Context, spec runtime.Spec, report func(runtime.Progress)) (runtime.Instance, error) {
-	if report == nil {
-		report = func(runtime.Progress) {}
-	}
+func (f *Fake) Ensure(ctx context.Context, spec runtime.Spec, hooks *runtime.Hooks) (runtime.Instance, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if err := f.enter(ctx, "Ensure", spec.Session); err != nil {
@@ -147,9 +144,16 @@ func (f *Fake) Ensure(ctx context.Context, spec runtime.Spec, report func(runtim
 	if !ok {
 		return runtime.Instance{}, fmt.Errorf("%w: %s", runtime.ErrImageNotFound, spec.Image)
 	}
-	report(runtime.Progress{Phase: runtime.PhaseContainer, Detail: "creating the container"})
+	hooks.Report(runtime.Progress{Phase: runtime.PhaseContainer, Detail: "creating the container"})
 	if c := f.containers[spec.Session]; c != nil && c.inst.Exit == nil {
 		f.end(c, 137, false)
+	}
+	delete(f.containers, spec.Session)
+	if err := hooks.BeforeCreate(ctx); err != nil {
+		return runtime.Instance{}, err
+	}
+	if err := hooks.AfterCreate(ctx); err != nil {
+		return runtime.Instance{}, err
 	}
 	f.lastPID++
 	c := &fakeContainer{exited: make(chan struct{}), ports: map[uint16]*fakeListener{}, inst: runtime.Instance{

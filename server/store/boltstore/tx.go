@@ -115,11 +115,7 @@ func (t *tx) AppendEvent(s *fleet.Session) (uint64, error) {
 	if err != nil {
 		return 0, err
 	}
-	copied := s.Clone()
-	if copied.Assignment != nil {
-		copied.Assignment.Password = ""
-	}
-	event := &fleet.LifecycleEvent{Sequence: seq, Time: time.Now().UTC(), Session: copied}
+	event := &fleet.LifecycleEvent{Sequence: seq, Time: time.Now().UTC(), Session: s.WithoutSecrets()}
 	size, err := put(b, bigEndian(seq), event)
 	if err != nil {
 		return 0, fmt.Errorf("store event of session %s: %w", s.ID, err)

@@ -36,6 +36,7 @@ const (
 type client struct {
 	sessions cloudcodev1.SessionServiceClient
 	nodes    cloudcodev1.NodeServiceClient
+	storage  cloudcodev1.StorageServiceClient
 
 	conn     *grpc.ClientConn
 	target   target
@@ -91,7 +92,8 @@ func dial(cmd *cobra.Command) (*client, error) {
 	}
 	return &client{
 		sessions: cloudcodev1.NewSessionServiceClient(conn), nodes: cloudcodev1.NewNodeServiceClient(conn),
-		conn: conn, target: t, tls: rec, deadline: timeout, pace: defaultPacing,
+		storage: cloudcodev1.NewStorageServiceClient(conn),
+		conn:    conn, target: t, tls: rec, deadline: timeout, pace: defaultPacing,
 	}, nil
 }
 

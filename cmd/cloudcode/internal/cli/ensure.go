@@ -31,7 +31,7 @@ func EnsureSession(cmd *cobra.Command, id string, timeout time.Duration) error {
 			return err
 		}
 		view := newStartView(cmd.OutOrStdout(), now)
-		if _, err := c.waitReady(ctx, s, timeout, view); err != nil && ctx.Err() == nil {
+		if _, err := c.waitReady(ctx, s, timeout, view, starting{}); err != nil && ctx.Err() == nil {
 			view.finish(false)
 			fmt.Fprintf(cmd.ErrOrStderr(), "session %s: %v\n", id, c.explain(err))
 		}

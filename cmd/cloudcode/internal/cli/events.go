@@ -59,9 +59,9 @@ event, given to --after, goes on behind it.`,
 	}
 	f := cmd.Flags()
 	f.StringVar(&after, "after", "", "go on behind the event with this `ID` (default: from now on)")
-	f.StringSliceVar(&types, "type", nil, "only events of this `TYPE`: lifecycle, opencode, gap, end, or a type of OpenCode's such as message.updated; * matches any part; can be repeated")
+	f.StringSliceVar(&types, "type", nil, "only events of this `TYPE`: lifecycle, checkpointed, opencode, gap, end, or a type of OpenCode's such as message.updated; * matches any part; can be repeated")
 	f.BoolVarP(&follow, "follow", "f", true, "go on with new events; with --follow=false it ends at the first pause")
-	complete(cmd, "type", "lifecycle", "opencode", "gap", "end", "message.*", "session.status", "session.*")
+	complete(cmd, "type", "lifecycle", "checkpointed", "opencode", "gap", "end", "message.*", "session.status", "session.*")
 	return cmd
 }
 
@@ -84,6 +84,8 @@ func kindOf(ev *cloudcodev1.SessionEvent) (kind, typ string) {
 		return "gap", ""
 	case *cloudcodev1.SessionEvent_End:
 		return "end", ""
+	case *cloudcodev1.SessionEvent_Checkpointed:
+		return "checkpointed", ""
 	case *cloudcodev1.SessionEvent_Heartbeat:
 		return "heartbeat", ""
 	}
@@ -127,6 +129,8 @@ func (p *eventPrinter) print(ev *cloudcodev1.SessionEvent) error {
 		what, text = typ, frameText(ev.GetOpencode())
 	case "gap":
 		text = ev.GetGap().GetMessage()
+	case "checkpointed":
+		text = checkpointText(ev.GetCheckpointed().GetCheckpoint())
 	case "end":
 		text = ev.GetEnd().GetReason()
 	}
@@ -139,7 +143,7 @@ func (p *eventPrinter) print(ev *cloudcodev1.SessionEvent) error {
 	switch {
 	case kind == "gap":
 		line = p.style.red(line)
-	case kind == "lifecycle":
+	case kind == "lifecycle", kind == "checkpointed":
 		line = p.style.green(line)
 	}
 	_, err := fmt.Fprintln(p.w, line)

@@ -9,13 +9,15 @@ import (
 	cloudcodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/v1"
 )
 
-// startView shows how a session starts: on a terminal a live line that becomes
-// one finished line per phase, elsewhere one line when a phase begins.
+// startView shows how a session starts, or is suspended: on a terminal a live
+// line that becomes one finished line per phase, elsewhere one line when a phase
+// begins.
 type startView struct {
 	w     io.Writer
 	scr   screen // nil: no terminal
 	style style
 	now   func() time.Time
+	final string // the phase that is waited for
 
 	began   time.Time
 	current step
@@ -34,8 +36,14 @@ type step struct {
 	total  int64
 }
 
+// Phases that can be waited for.
+const (
+	phaseReady     = "ready"
+	phaseSuspended = "suspended"
+)
+
 func newStartView(w io.Writer, now func() time.Time) *startView {
-	return &startView{w: w, scr: screenOf(w), style: styleOf(w), now: now, began: now()}
+	return &startView{w: w, scr: screenOf(w), style: styleOf(w), now: now, final: phaseReady, began: now()}
 }
 
 // stepOf puts a session's state into words.
@@ -44,7 +52,20 @@ func stepOf(s *cloudcodev1.Session) step {
 	st := step{phase: p.GetPhase(), reason: s.GetReason(), done: p.GetCurrentBytes(), total: p.GetTotalBytes()}
 	switch s.GetState() {
 	case cloudcodev1.Session_RUNNING:
-		return step{phase: "ready", text: "ready"}
+		return step{phase: phaseReady, text: "ready"}
+	case cloudcodev1.Session_SUSPENDED:
+		return step{phase: phaseSuspended, text: "suspended"}
+	case cloudcodev1.Session_SUSPENDING:
+		if st.phase == "" {
+			st.phase = "stop"
+		}
+		st.text = map[string]string{"checkpoint": "saving", "stop": "stopping"}[st.phase]
+		if st.text == "" {
+			st.text = st.phase
+		}
+		if d := oneLine(p.GetDetail()); d != "" {
+			st.text += ": " + d
+		}
 	case cloudcodev1.Session_PENDING, cloudcodev1.Session_STATE_UNSPECIFIED:
 		st.phase, st.text = "pending", "waiting for a node"
 	case cloudcodev1.Session_STARTING:
@@ -96,7 +117,7 @@ func (v *startView) show(s *cloudcodev1.Session) {
 		return
 	}
 	v.begin(next)
-	if next.phase == "ready" {
+	if next.phase == v.final {
 		v.finish(true)
 	}
 }
@@ -107,7 +128,7 @@ func (v *startView) begin(next step) {
 		v.finish(true)
 	}
 	v.current, v.since = next, v.now()
-	if v.scr == nil && next.phase != "ready" {
+	if v.scr == nil && next.phase != v.final {
 		fmt.Fprintln(v.w, next.text)
 		return
 	}
@@ -120,8 +141,8 @@ func (v *startView) finish(ok bool) {
 		return
 	}
 	if v.scr == nil {
-		if v.current.phase == "ready" {
-			fmt.Fprintf(v.w, "ready after %s\n", short(v.now().Sub(v.began)))
+		if v.current.phase == v.final {
+			fmt.Fprintf(v.w, "%s after %s\n", v.final, short(v.now().Sub(v.began)))
 		}
 		v.current = step{}
 		return
@@ -130,7 +151,7 @@ func (v *startView) finish(ok bool) {
 	if !ok {
 		mark = v.style.red("✗")
 	}
-	if v.current.phase == "ready" {
+	if v.current.phase == v.final {
 		took = v.now().Sub(v.began)
 	}
 	v.clear()

@@ -74,7 +74,7 @@ variable in brackets says; a flag that is given wins.
 	}
 	_ = root.MarkPersistentFlagDirname("data-dir")
 
-	root.AddCommand(newSessionCmd(), newNodeCmd(), newImageCmd(), newAuthCmd(), newVersionCmd(version))
+	root.AddCommand(newSessionCmd(), newNodeCmd(), newStorageCmd(), newImageCmd(), newAuthCmd(), newVersionCmd(version))
 	return root
 }
 

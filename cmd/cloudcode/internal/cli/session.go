@@ -28,6 +28,9 @@ func newSessionCmd() *cobra.Command {
 	cmd.AddCommand(
 		newSessionCreateCmd(), newSessionListCmd(), newSessionGetCmd(), newSessionUpdateCmd(), newSessionDeleteCmd(),
 		newSessionOpenCmd(), newSessionLogsCmd(), newSessionEventsCmd(),
+		newSessionSuspendCmd(), newSessionResumeCmd(),
+		newSessionCheckpointCmd(), newSessionCheckpointsCmd(), newSessionRestoreCmd(), newSessionForkCmd(),
+		newSessionCopyCmd(), newSessionExportCmd(), newSessionImportCmd(), newSessionRecoverCmd(),
 	)
 	return cmd
 }
@@ -61,9 +64,11 @@ func newSessionListCmd() *cobra.Command {
 	f.StringVar(&filter, "filter", "", "AIP-160 filter over state, node and labels")
 	f.StringSliceVar(&states, "state", nil, "only sessions in this `STATE`; can be repeated")
 	f.StringSliceVar(&labels, "label", nil, "only sessions with this label, `KEY=VALUE` or KEY; can be repeated")
-	complete(cmd, "state", "PENDING", "STARTING", "RUNNING", "FAILED", "LOST", "DELETING")
+	complete(cmd, "state", sessionStates...)
 	return cmd
 }
+
+var sessionStates = []string{"PENDING", "STARTING", "RUNNING", "SUSPENDING", "SUSPENDED", "FAILED", "LOST", "DELETING"}
 
 var identifier = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
 
@@ -77,7 +82,7 @@ func listFilter(filter string, states, labels []string) (string, error) {
 	for _, s := range states {
 		s = strings.ToUpper(s)
 		if _, ok := cloudcodev1.Session_State_value[s]; !ok {
-			return "", usagef("--state %q: want PENDING, STARTING, RUNNING, FAILED, LOST or DELETING", s)
+			return "", usagef("--state %q: want %s", s, orList(sessionStates))
 		}
 		or = append(or, "state = "+s)
 	}
@@ -150,10 +155,11 @@ func printSessions(cmd *cobra.Command, all *cloudcodev1.ListSessionsResponse, fi
 			state += " (" + s.GetReason() + ")"
 		}
 		rows = append(rows, []string{
-			idOf(s.GetName()), state, idOf(s.GetNode()), strconv.Itoa(int(s.GetRestartCount())), age(now(), s.GetCreateTime()), s.GetWebUri(),
+			idOf(s.GetName()), state, idOf(s.GetNode()), strconv.Itoa(int(s.GetRestartCount())), storageColumn(s.GetStorage()), savedColumn(s.GetStorage(), now()),
+			age(now(), s.GetCreateTime()), s.GetWebUri(),
 		})
 	}
-	return printTable(out, []string{"ID", "STATE", "NODE", "RESTARTS", "AGE", "WEB"}, rows)
+	return printTable(out, []string{"ID", "STATE", "NODE", "RESTARTS", "STORAGE", "SAVED", "AGE", "WEB"}, rows)
 }
 
 func newSessionGetCmd() *cobra.Command {
@@ -220,7 +226,7 @@ func describeSession(s *cloudcodev1.Session, now time.Time) []field {
 	if s.GetRestartCount() > 0 {
 		restarts = strconv.Itoa(int(s.GetRestartCount()))
 	}
-	return []field{
+	fields := []field{
 		{"ID", idOf(s.GetName())},
 		{"State", state},
 		{"Message", s.GetMessage()},
@@ -228,6 +234,9 @@ func describeSession(s *cloudcodev1.Session, now time.Time) []field {
 		{"Web", s.GetWebUri()},
 		{"Attach", attach},
 		{"Node", idOf(s.GetNode())},
+	}
+	fields = append(fields, describeStorage(s.GetStorage(), now)...)
+	return append(fields, []field{
 		{"Image", s.GetSpec().GetImage()},
 		{"OpenCode", s.GetOpencodeVersion()},
 		{"Limits", limits(s.GetSpec().GetResources())},
@@ -240,7 +249,7 @@ func describeSession(s *cloudcodev1.Session, now time.Time) []field {
 		{"Created", timeAndAge(now, s.GetCreateTime())},
 		{"Updated", timeAndAge(now, s.GetUpdateTime())},
 		{"UID", s.GetUid()},
-	}
+	}...)
 }
 
 // envNames shows no values: they are often keys.
@@ -273,14 +282,16 @@ func limits(r *cloudcodev1.Resources) string {
 }
 
 func newSessionDeleteCmd() *cobra.Command {
-	var yes, wait, missing bool
+	var yes, wait, missing, purge bool
 	var timeout time.Duration
 	cmd := &cobra.Command{
 		Use:     "delete ID...",
 		Aliases: []string{"rm"},
 		Short:   "Remove sessions and their workspaces",
-		Long: `Remove sessions: their containers are stopped and their workspaces removed.
-That cannot be undone, so it asks first on a terminal, and wants --yes elsewhere.`,
+		Long: `Remove sessions: their containers are stopped and their workspaces removed from
+their nodes. What is in object storage stays, complete up to the end ("cloudcode
+session recover ID" brings such a session back), unless --purge is given.
+Deleting cannot be undone, so it asks first on a terminal, and wants --yes elsewhere.`,
 		Args:              args(cobra.MinimumNArgs(1)),
 		ValidArgsFunction: completeSessions(-1),
 		RunE: func(cmd *cobra.Command, ids []string) error {
@@ -291,14 +302,14 @@ That cannot be undone, so it asks first on a terminal, and wants --yes elsewhere
 			}
 			return withClient(cmd, func(c *client) error {
 				if !yes {
-					if err := confirmDelete(cmd, ids); err != nil {
+					if err := c.confirmDelete(cmd, ids, purge); err != nil {
 						return err
 					}
 				}
 				// One that fails does not keep the others.
 				var errs []error
 				for _, id := range ids {
-					if err := c.deleteSession(cmd, id, wait, missing, timeout); err != nil {
+					if err := c.deleteSession(cmd, id, deletion{wait: wait, missing: missing, purge: purge, timeout: timeout}); err != nil {
 						if len(ids) == 1 || cmd.Context().Err() != nil {
 							return err
 						}
@@ -313,7 +324,9 @@ That cannot be undone, so it asks first on a terminal, and wants --yes elsewhere
 	f.BoolVarP(&yes, "yes", "y", false, "do not ask")
 	f.BoolVar(&wait, "wait", false, "return when container and workspace are gone")
 	f.BoolVar(&missing, "allow-missing", false, "a session that does not exist is no error")
+	f.BoolVar(&purge, "purge", false, "also delete the session's folder in the bucket and its checkpoints; what forks of it share with it stays with them")
 	f.DurationVar(&timeout, "timeout", 2*time.Minute, "how long --wait waits for each")
+	SetEnvName(f, "purge", "")
 	return cmd
 }
 
@@ -330,20 +343,45 @@ func joinErrors(errs []error) error {
 }
 
 // confirmDelete asks on a terminal.
-func confirmDelete(cmd *cobra.Command, ids []string) error {
+func (c *client) confirmDelete(cmd *cobra.Command, ids []string, purge bool) error {
+	what, last := "session "+idOf(ids[0])+" and its workspace", "This cannot be undone."
+	hint := "add --yes to delete the session and its workspace for good"
+	if len(ids) > 1 {
+		what = fmt.Sprintf("%d sessions and their workspaces (%s)", len(ids), strings.Join(ids, ", "))
+	}
+	if purge {
+		what += ", with everything that is stored of them"
+		if len(ids) == 1 {
+			what = "session " + idOf(ids[0]) + " and its workspace, with everything that is stored of it"
+		}
+	}
+	// What is stored stays, so that is said. One that is not there is told by
+	// the delete itself.
+	if len(ids) == 1 {
+		if s, err := c.getSession(cmd.Context(), ids[0]); err == nil && s.GetStorage().GetPersistent() {
+			switch uri := s.GetStorage().GetUri(); {
+			case purge:
+				what += " in " + uri
+			default:
+				what, last = "session "+idOf(ids[0]), "What is stored of it in "+uri+" stays; --purge removes that, too."
+			}
+		}
+	}
+	return confirm(cmd, "Delete "+what+"? "+last, "nothing was deleted", hint)
+}
+
+// confirm asks on a terminal; elsewhere --yes is wanted. nothing says that
+// nothing was done.
+func confirm(cmd *cobra.Command, question, nothing, hint string) error {
 	in := cmd.InOrStdin()
 	if !interactive(in) {
 		return &Error{
 			Code: "INVALID_ARGUMENT", Reason: "NOT_CONFIRMED", Exit: exitUsage,
-			Msg:  "nothing was deleted: there is no terminal to ask on",
-			Hint: "add --yes to delete the session and its workspace for good",
+			Msg:  nothing + ": there is no terminal to ask on",
+			Hint: hint,
 		}
 	}
-	what := "session " + idOf(ids[0]) + " and its workspace"
-	if len(ids) > 1 {
-		what = fmt.Sprintf("%d sessions and their workspaces (%s)", len(ids), strings.Join(ids, ", "))
-	}
-	fmt.Fprintf(cmd.ErrOrStderr(), "Delete %s? This cannot be undone. [y/N] ", plain(what))
+	fmt.Fprintf(cmd.ErrOrStderr(), "%s [y/N] ", plain(question))
 	answer, err := readAnswer(cmd.Context(), in)
 	if err != nil {
 		return err
@@ -352,7 +390,7 @@ func confirmDelete(cmd *cobra.Command, ids []string) error {
 	case "y", "yes":
 		return nil
 	}
-	return &Error{Code: "CANCELLED", Reason: "NOT_CONFIRMED", Msg: "nothing was deleted", Exit: exitError}
+	return &Error{Code: "CANCELLED", Reason: "NOT_CONFIRMED", Msg: nothing, Exit: exitError}
 }
 
 // readAnswer reads a line, unless ctx ends first: reading a terminal cannot be
@@ -387,21 +425,26 @@ func interactive(r io.Reader) bool {
 	return ok && term.IsTerminal(int(f.Fd()))
 }
 
-func (c *client) deleteSession(cmd *cobra.Command, id string, wait, missing bool, timeout time.Duration) error {
+type deletion struct {
+	wait, missing, purge bool
+	timeout              time.Duration
+}
+
+func (c *client) deleteSession(cmd *cobra.Command, id string, d deletion) error {
 	name, err := sessionName(id)
 	if err != nil {
 		return err
 	}
 	rctx, cancel := c.request(cmd.Context())
-	s, err := c.sessions.DeleteSession(rctx, &cloudcodev1.DeleteSessionRequest{Name: name, AllowMissing: missing})
+	s, err := c.sessions.DeleteSession(rctx, &cloudcodev1.DeleteSessionRequest{Name: name, AllowMissing: d.missing, PurgeStorage: d.purge})
 	cancel()
 	if err != nil {
 		return err
 	}
 	done := "is being deleted"
-	if wait && s.GetUid() != "" {
+	if d.wait && s.GetUid() != "" {
 		done = "deleted"
-		if err := c.waitGone(cmd.Context(), s, timeout); err != nil {
+		if err := c.waitGone(cmd.Context(), s, d.timeout); err != nil {
 			return err
 		}
 	}

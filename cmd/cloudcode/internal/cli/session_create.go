@@ -20,6 +20,7 @@ import (
 
 func newSessionCreateCmd() *cobra.Command {
 	var spec specFlags
+	var storage storageFlags
 	var wait, noWait bool
 	var timeout time.Duration
 	var requestID string
@@ -30,14 +31,24 @@ func newSessionCreateCmd() *cobra.Command {
 at most 40 characters without "--", because it becomes a host name.
 
 The command returns as soon as the server has stored the session, which then
-starts; with --wait it shows how far that is, and returns when OpenCode answers.`,
+starts; with --wait it shows how far that is, and returns when OpenCode answers.
+
+Its files and chats are kept in the server's object storage, if it has one. A
+profile, a folder or a bucket of its own can be named. The secret key of such a
+bucket is read from a file or from $SESSION_S3_SECRET_ACCESS_KEY, never from an
+argument. A folder that already holds a session's checkpoints is gone on with.`,
 		Example: `  cloudcode session create main --wait
   cloudcode session create --cpu 2 --memory 4Gi --env OPENAI_API_KEY --label team=web
-  cloudcode session create review --opencode-config opencode.json`,
+  cloudcode session create review --opencode-config opencode.json
+  cloudcode session create mine --s3-endpoint https://s3.example.com --s3-bucket work \
+    --s3-access-key-id AKID --s3-secret-access-key-file key.txt`,
 		Args: args(cobra.MaximumNArgs(1)),
 		RunE: func(cmd *cobra.Command, a []string) error {
 			session, err := spec.spec(cmd.InOrStdin())
 			if err != nil {
+				return err
+			}
+			if session.Spec.Storage, err = storage.storage(cmd); err != nil {
 				return err
 			}
 			req := &cloudcodev1.CreateSessionRequest{Session: session, RequestId: requestID}
@@ -59,11 +70,12 @@ starts; with --wait it shows how far that is, and returns when OpenCode answers.
 				if !wait || noWait {
 					return printCreated(cmd, s)
 				}
-				return c.waitAndPrint(cmd, s, timeout)
+				return c.waitAndPrint(cmd, s, timeout, starting{interrupted: "remove it with `cloudcode session delete " + idOf(s.GetName()) + "`"})
 			})
 		},
 	}
 	spec.register(cmd, "")
+	storage.register(cmd)
 	f := cmd.Flags()
 	f.BoolVarP(&wait, "wait", "w", false, "show the start and return when the session is ready")
 	f.BoolVar(&noWait, "no-wait", false, "return at once, whatever $CLOUDCODE_WAIT says (the default)")
@@ -79,11 +91,18 @@ func (c *client) createSession(ctx context.Context, req *cloudcodev1.CreateSessi
 	if req.RequestId == "" {
 		req.RequestId = uuid.NewString()
 	}
+	return c.retry(ctx, func() (*cloudcodev1.Session, error) {
+		ctx, cancel := c.request(ctx)
+		defer cancel()
+		return c.sessions.CreateSession(ctx, req)
+	})
+}
+
+// retry makes a call that carries a request id again when its answer was lost.
+func (c *client) retry(ctx context.Context, call func() (*cloudcodev1.Session, error)) (*cloudcodev1.Session, error) {
 	pause := c.pace.minPause
 	for attempt := 1; ; attempt++ {
-		rctx, cancel := c.request(ctx)
-		s, err := c.sessions.CreateSession(rctx, req)
-		cancel()
+		s, err := call()
 		// A connection that was never there is said at once.
 		if err == nil || attempt == 3 || status.Code(err) != codes.Unavailable || c.tls.last() != nil ||
 			strings.Contains(err.Error(), "while dialing") {
@@ -112,14 +131,9 @@ func printCreated(cmd *cobra.Command, s *cloudcodev1.Session) error {
 }
 
 // waitAndPrint waits until s is ready, showing how it starts.
-func (c *client) waitAndPrint(cmd *cobra.Command, s *cloudcodev1.Session, timeout time.Duration) error {
-	var view *startView
-	if outputOf(cmd) == formatTable || screenOf(cmd.ErrOrStderr()) != nil {
-		view = newStartView(cmd.ErrOrStderr(), now)
-	} else {
-		view = newStartView(io.Discard, now)
-	}
-	s, err := c.waitReady(cmd.Context(), s, timeout, view)
+func (c *client) waitAndPrint(cmd *cobra.Command, s *cloudcodev1.Session, timeout time.Duration, how starting) error {
+	view := waitView(cmd)
+	s, err := c.waitReady(cmd.Context(), s, timeout, view, how)
 	if err != nil {
 		view.finish(false)
 		return err
@@ -128,6 +142,24 @@ func (c *client) waitAndPrint(cmd *cobra.Command, s *cloudcodev1.Session, timeou
 		return printSession(cmd, s)
 	}
 	return printReady(cmd.OutOrStdout(), s)
+}
+
+// waitView shows a wait where that disturbs no program.
+func waitView(cmd *cobra.Command) *startView {
+	if outputOf(cmd) == formatTable || screenOf(cmd.ErrOrStderr()) != nil {
+		return newStartView(cmd.ErrOrStderr(), now)
+	}
+	return newStartView(io.Discard, now)
+}
+
+// starting says what start is waited for.
+type starting struct {
+	// From this generation on: an older one still runs for a moment.
+	generation int64
+	// The session is being woken: that it does not run yet is no failure.
+	waking bool
+	// What to do after Ctrl-C.
+	interrupted string
 }
 
 func printReady(w io.Writer, s *cloudcodev1.Session) error {
@@ -167,10 +199,10 @@ func attachURI(s *cloudcodev1.Session) string {
 }
 
 // waitReady returns the session once it is RUNNING, or why it will not be.
-func (c *client) waitReady(ctx context.Context, s *cloudcodev1.Session, timeout time.Duration, view *startView) (*cloudcodev1.Session, error) {
+func (c *client) waitReady(ctx context.Context, s *cloudcodev1.Session, timeout time.Duration, view *startView, how starting) (*cloudcodev1.Session, error) {
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	last, id := s, idOf(s.GetName())
+	last, id, asleep := s, idOf(s.GetName()), how.waking
 	tick := view.tick
 	if view.scr == nil {
 		tick = nil
@@ -180,12 +212,21 @@ func (c *client) waitReady(ctx context.Context, s *cloudcodev1.Session, timeout 
 			return false, &Error{Code: "NOT_FOUND", Reason: "DELETED", Msg: "session " + id + " was deleted while it started", Exit: exitFailed}
 		}
 		last = s
+		if s.GetGeneration() < how.generation && s.GetState() != cloudcodev1.Session_DELETING {
+			return false, nil
+		}
 		view.show(s)
 		switch s.GetState() {
 		case cloudcodev1.Session_RUNNING:
 			return true, nil
-		case cloudcodev1.Session_FAILED, cloudcodev1.Session_LOST, cloudcodev1.Session_DELETING:
+		case cloudcodev1.Session_DELETING:
 			return false, startFailed(s)
+		case cloudcodev1.Session_FAILED, cloudcodev1.Session_LOST, cloudcodev1.Session_SUSPENDING, cloudcodev1.Session_SUSPENDED:
+			if !asleep {
+				return false, startFailed(s)
+			}
+		default:
+			asleep = false
 		}
 		return false, nil
 	}, tick)
@@ -196,7 +237,7 @@ func (c *client) waitReady(ctx context.Context, s *cloudcodev1.Session, timeout 
 	if errors.Is(err, context.Canceled) {
 		return last, &Error{
 			Code: "CANCELLED", Msg: "interrupted; session " + id + " goes on starting", Exit: exitInterrupted, Err: err,
-			Hint: "remove it with `cloudcode session delete " + id + "`",
+			Hint: how.interrupted,
 		}
 	}
 	return last, err

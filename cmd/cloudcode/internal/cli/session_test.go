@@ -377,7 +377,7 @@ func TestCompletion(t *testing.T) {
 		{[]string{"session", "get", "main", ""}, ":4\n"},
 		{[]string{"session", "delete", "main", ""}, "evil\tFAILED\nwaiting\tPENDING\n:4\n"},
 		{[]string{"node", "get", ""}, "n1\tREADY\n:4\n"},
-		{[]string{"session", "list", "--state", "R"}, "PENDING\nSTARTING\nRUNNING\nFAILED\nLOST\nDELETING\n:4\n"},
+		{[]string{"session", "list", "--state", "R"}, "PENDING\nSTARTING\nRUNNING\nSUSPENDING\nSUSPENDED\nFAILED\nLOST\nDELETING\n:4\n"},
 	} {
 		r := invocation{}.run(t, append([]string{"__complete"}, tc.args...)...)
 		if r.code != 0 || r.out != tc.want {

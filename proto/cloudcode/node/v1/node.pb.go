@@ -959,8 +959,11 @@ type Assignment struct {
 	// Unless it is empty: the checkpoint that the session is taken back to at
 	// the start of this generation, once.
 	RestoreCheckpoint string `protobuf:"bytes,10,opt,name=restore_checkpoint,json=restoreCheckpoint,proto3" json:"restore_checkpoint,omitempty"`
-	unknownFields     protoimpl.UnknownFields
-	sizeCache         protoimpl.SizeCache
+	// With DELETE: what is in object storage is deleted by the server afterwards,
+	// so there is nothing to be saved.
+	PurgeStorage  bool `protobuf:"varint,11,opt,name=purge_storage,json=purgeStorage,proto3" json:"purge_storage,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Assignment) Reset() {
@@ -1061,6 +1064,13 @@ func (x *Assignment) GetRestoreCheckpoint() string {
 		return x.RestoreCheckpoint
 	}
 	return ""
+}
+
+func (x *Assignment) GetPurgeStorage() bool {
+	if x != nil {
+		return x.PurgeStorage
+	}
+	return false
 }
 
 // AssignedStorage is all that a node needs to keep a session in object storage.
@@ -2278,7 +2288,7 @@ const file_cloudcode_node_v1_node_proto_rawDesc = "" +
 	"\bgateways\x18\x01 \x03(\v2\x1a.cloudcode.node.v1.GatewayR\bgateways\"3\n" +
 	"\aGateway\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
-	"\aaddress\x18\x02 \x01(\tR\aaddress\"\xfa\x04\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\"\x9f\x05\n" +
 	"\n" +
 	"Assignment\x12\x1d\n" +
 	"\n" +
@@ -2295,7 +2305,8 @@ const file_cloudcode_node_v1_node_proto_rawDesc = "" +
 	"\astorage\x18\b \x01(\v2\".cloudcode.node.v1.AssignedStorageR\astorage\x12A\n" +
 	"\x06labels\x18\t \x03(\v2).cloudcode.node.v1.Assignment.LabelsEntryR\x06labels\x12-\n" +
 	"\x12restore_checkpoint\x18\n" +
-	" \x01(\tR\x11restoreCheckpoint\x1a9\n" +
+	" \x01(\tR\x11restoreCheckpoint\x12#\n" +
+	"\rpurge_storage\x18\v \x01(\bR\fpurgeStorage\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"O\n" +
