@@ -63,9 +63,16 @@ func withStorage(tb testing.TB) *storageFleet {
 	sharedStorage.once.Do(func() {
 		s := newStorageFleet(tb, "storage", startStore(tb), "fleet")
 		// Ids of users on the host differ between the machines: b has given its
-		// first range away.
-		s.create(tb, "first-on-b", &cloudcodev1.SessionSpec{NodeSelector: on(s.b), Storage: &cloudcodev1.Storage{Mode: cloudcodev1.Storage_LOCAL}, Image: "localhost/e2e/missing:1"})
-		s.waitState(tb, idPrefix+"first-on-b", cloudcodev1.Session_FAILED)
+		// first range away, to a session that stays.
+		first := idPrefix + "first-on-b"
+		_, err := s.sessions.CreateSession(bounded(tb, 20*time.Second), &cloudcodev1.CreateSessionRequest{SessionId: first, Session: &cloudcodev1.Session{
+			Spec: &cloudcodev1.SessionSpec{NodeSelector: on(s.b), Image: "localhost/e2e/missing:1", Storage: &cloudcodev1.Storage{Mode: cloudcodev1.Storage_LOCAL}},
+		}})
+		if err != nil {
+			tb.Fatal(err)
+		}
+		s.waitState(tb, first, cloudcodev1.Session_FAILED)
+		s.suspend(tb, first)
 		for _, m := range []string{"rclone", "tigrisfs"} {
 			if _, err := exec.LookPath(m); err == nil {
 				s.mounter = m
