@@ -25,6 +25,9 @@ const (
 	maxBody = 4 << 20
 	// unaryTimeout bounds a call to the server.
 	unaryTimeout = 30 * time.Second
+	// savingTimeout bounds one that answers once a session is in object storage,
+	// or once a bucket has been read.
+	savingTimeout = 10 * time.Minute
 )
 
 // marshal writes what the OpenAPI document says: lowerCamelCase names. Empty
@@ -51,6 +54,7 @@ func (g *Gateway) apiHandler() http.Handler {
 	ctx := context.Background() // of the registration; calls have their request's
 	must(cloudcodev1.RegisterSessionServiceHandlerClient(ctx, mux, g.sessions))
 	must(cloudcodev1.RegisterNodeServiceHandlerClient(ctx, mux, cloudcodev1.NewNodeServiceClient(g.cfg.ServerConn)))
+	must(cloudcodev1.RegisterStorageServiceHandlerClient(ctx, mux, cloudcodev1.NewStorageServiceClient(g.cfg.ServerConn)))
 
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h := w.Header()
@@ -63,13 +67,19 @@ func (g *Gateway) apiHandler() http.Handler {
 			_, _ = w.Write(openapi.Document)
 			return
 		}
-		if id, kind, ok := strings.Cut(strings.TrimPrefix(path, "/v1/sessions/"), "/"); ok && r.Method == http.MethodGet {
-			switch kind {
-			case "events":
+		if id, kind, ok := strings.Cut(strings.TrimPrefix(path, "/v1/sessions/"), "/"); ok {
+			switch r.Method + " " + kind {
+			case "GET events":
 				g.serveEvents(w, r, "sessions/"+id)
 				return
-			case "logs":
+			case "GET logs":
 				g.serveLogs(w, r, "sessions/"+id)
+				return
+			case "GET archive":
+				g.readArchive(w, r, "sessions/"+id)
+				return
+			case "PUT archive":
+				g.writeArchive(w, r, "sessions/"+id)
 				return
 			}
 		}
@@ -83,10 +93,22 @@ func (g *Gateway) apiHandler() http.Handler {
 		if r.Method == http.MethodPatch {
 			r = withProtoMask(r)
 		}
-		ctx, cancel := context.WithTimeout(r.Context(), unaryTimeout)
+		ctx, cancel := context.WithTimeout(r.Context(), timeoutOf(path))
 		defer cancel()
 		mux.ServeHTTP(w, r.WithContext(ctx))
 	})
+}
+
+// timeoutOf returns how long a call may take.
+func timeoutOf(path string) time.Duration {
+	switch verb := path[strings.LastIndexByte(path, '/')+1:]; verb[strings.LastIndexByte(verb, ':')+1:] {
+	case "checkpoint", "restore", "fork", "recover":
+		return savingTimeout
+	}
+	if strings.HasPrefix(path, "/v1/storageProfiles/") {
+		return savingTimeout
+	}
+	return unaryTimeout
 }
 
 // withProtoMask puts the names in a query's updateMask as the server knows them.

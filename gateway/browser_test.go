@@ -10,16 +10,21 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/coder/websocket"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	gatewayv1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/gateway/v1"
 	cloudcodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/v1"
+
+	"github.com/cloudcode-dev/cloudcode/internal/grpcerr"
 )
 
 // browser is headless Chromium, driven over its own protocol.
@@ -301,6 +306,183 @@ func TestDashboardInChromium(t *testing.T) {
 	if title := b.eval(`document.title`); title != "inert" {
 		t.Errorf("a session's script runs in the API's origin: %v", title)
 	}
+}
+
+// What is in object storage is seen, and can be suspended, restored and forked.
+func TestStorageInChromium(t *testing.T) {
+	b := newBrowser(t)
+	r := start(t, Config{})
+	r.server.nodes = []*cloudcodev1.Node{{Name: "nodes/n1", State: cloudcodev1.Node_READY, HeartbeatTime: timestamppb.Now()}}
+	ago := func(d time.Duration) *timestamppb.Timestamp { return timestamppb.New(time.Now().Add(-d)) }
+	const evil = `<img src=x onerror='document.title="owned"'>`
+	checkpoints := []*cloudcodev1.Checkpoint{
+		{Id: "20261124t214900.123z-x7k2", CreateTime: ago(5 * time.Second), Trigger: "turn", Files: 3650, Bytes: 63 << 20, UploadedBytes: 12 << 10, Node: "nodes/n1", Notes: []string{"the socket run/app.sock was left out " + evil}},
+		{Id: "20261124t204900.001z-aaaa", CreateTime: ago(time.Hour), Trigger: "manual", Files: 3600, Bytes: 60 << 20, UploadedBytes: 60 << 20, Node: "nodes/n2"},
+	}
+	r.server.checkpoints = func() []*cloudcodev1.Checkpoint { return checkpoints }
+	kept := func(id string) *cloudcodev1.StorageStatus {
+		return &cloudcodev1.StorageStatus{Mode: cloudcodev1.Storage_SNAPSHOT, Persistent: true, Uri: "s3://work/fleet/" + id, Checkpoint: checkpoints[0], MountState: cloudcodev1.StorageStatus_MOUNTED, Mounter: "tigrisfs"}
+	}
+	add := func(id string, st cloudcodev1.Session_State, f func(*cloudcodev1.Session)) {
+		rt := session(id, st, 3)
+		rt.Session.CreateTime, rt.Session.Storage = ago(time.Hour), kept(id)
+		f(rt.Session)
+		r.put(rt)
+	}
+	add("main", cloudcodev1.Session_RUNNING, func(*cloudcodev1.Session) {})
+	add("asleep", cloudcodev1.Session_SUSPENDED, func(s *cloudcodev1.Session) { s.Node = "" })
+	add("going", cloudcodev1.Session_SUSPENDING, func(s *cloudcodev1.Session) {
+		s.Progress = &cloudcodev1.StartProgress{Phase: "checkpoint", Detail: "saving what is left", CurrentBytes: 20 << 20, TotalBytes: 63 << 20}
+	})
+	add("gone", cloudcodev1.Session_LOST, func(s *cloudcodev1.Session) {
+		s.Reason, s.Message = "NODE_UNREACHABLE", "n1 has not been heard of for 4 minutes"
+	})
+	add("outage", cloudcodev1.Session_RUNNING, func(s *cloudcodev1.Session) {
+		s.Storage.UnsavedSince, s.Storage.Message = ago(5*time.Minute), "object storage answers 503; what was done since is only on n1 "+evil
+	})
+	add("tigris", cloudcodev1.Session_RUNNING, func(s *cloudcodev1.Session) {
+		s.Storage.Mode, s.Storage.MountState, s.Storage.Message = cloudcodev1.Storage_MOUNT, cloudcodev1.StorageStatus_MOUNT_FAILED, "TigrisFS ends with exit code 1"
+	})
+	add("scratch", cloudcodev1.Session_RUNNING, func(s *cloudcodev1.Session) { s.Storage = &cloudcodev1.StorageStatus{Mode: cloudcodev1.Storage_LOCAL} })
+	r.server.events = func(after string, s eventStream) error {
+		_ = s.Send(beat(after))
+		_ = s.Send(&cloudcodev1.SessionEvent{Id: "3-1", Event: &cloudcodev1.SessionEvent_Checkpointed{Checkpointed: &cloudcodev1.CheckpointedEvent{Checkpoint: checkpoints[0]}}})
+		<-s.Context().Done()
+		return s.Context().Err()
+	}
+
+	const row = `((id) => [...document.querySelectorAll("#sessions .row")].find((e) => e.querySelector(".name").textContent === id))`
+	storage := func(id string) string {
+		b.t.Helper()
+		s, _ := b.eval(fmt.Sprintf(`%s(%q).querySelector(".storage").textContent`, row, id)).(string)
+		return s
+	}
+	press := func(where, label string) {
+		t.Helper()
+		b.eval(fmt.Sprintf(`[...%s.querySelectorAll("button")].find((e) => e.textContent === %q).click()`, where, label))
+	}
+	told := func(want string) {
+		t.Helper()
+		eventually(t, want, func() bool { return slices.Contains(r.server.calls(), want) })
+	}
+
+	b.look(1280, 900, "light")
+	b.call("Page.navigate", map[string]any{"url": r.url("", "/")})
+	b.await(`document.querySelectorAll("#sessions .row").length === 7`)
+	b.shot("storage-light")
+	for id, want := range map[string]string{
+		"main": "snapshot · saved ", "outage": "snapshot · unsaved for 5 min", "tigris": "mount · saved ", "scratch": "not persistent",
+	} {
+		if have := storage(id); !strings.HasPrefix(have, want) {
+			t.Errorf("%s: %q, want %q", id, have, want)
+		}
+	}
+	if tip, _ := b.eval(row + `("scratch").querySelector(".storage .note").title`).(string); !strings.Contains(tip, "lost with it") {
+		t.Errorf("what not persistent means is not said: %q", tip)
+	}
+	b.await(row + `("outage").textContent.includes("Storage: object storage answers 503")`)
+	b.await(row + `("tigris").textContent.includes("mount failed")`)
+	b.await(row + `("going").querySelector("progress") !== null && ` + row + `("going").querySelector(".badge").textContent === "Suspending"`)
+	b.await(row + `("going").querySelector(".acts button").disabled`)
+	b.look(900, 900, "dark")
+	b.await(`document.documentElement.scrollWidth <= 900`)
+	b.shot("storage-tablet")
+	b.look(400, 860, "light")
+	b.await(`document.documentElement.scrollWidth <= 400`)
+	b.shot("storage-phone")
+	b.look(1280, 900, "dark")
+	b.shot("storage-dark")
+
+	// Suspend asks, tells why it cannot, and does it.
+	refuse := true
+	r.server.act = func(what, name string) error {
+		if what == "suspend" && refuse {
+			refuse = false
+			return grpcerr.New(codes.FailedPrecondition, "SESSION_DELETING", "not now")
+		}
+		if what == "suspend" {
+			add("main", cloudcodev1.Session_SUSPENDED, func(s *cloudcodev1.Session) { s.Node = "" })
+		}
+		return nil
+	}
+	press(row+`("main")`, "Suspend")
+	b.await(`document.querySelector("#ask").open && document.querySelector("#a-title").textContent === "Suspend session main?"`)
+	b.shot("suspend")
+	b.eval(`document.querySelector("#a-go").click()`)
+	b.await(`document.querySelector("#a-error").textContent === "not now"`)
+	b.eval(`document.querySelector("#a-go").click()`)
+	b.await(`!document.querySelector("#ask").open && ` + row + `("main").querySelector(".badge").textContent === "Suspended"`)
+
+	// Resume does it at once, but for a lost session.
+	press(row+`("asleep")`, "Resume")
+	told("resume sessions/asleep")
+	press(row+`("gone")`, "Resume")
+	b.await(`document.querySelector("#a-text").textContent.includes("what it has not saved is lost")`)
+	b.eval(`document.querySelector("#a-cancel").click()`)
+	if slices.Contains(r.server.calls(), "resume sessions/gone") {
+		t.Error("a lost session was given up without a question")
+	}
+
+	// Checkpoints of a session: list, save, restore, fork.
+	b.eval(row + `("outage").querySelector(".name").click()`)
+	b.await(`document.querySelector("#p-events .checkpointed") !== null && document.querySelector("#p-events .checkpointed").textContent.includes("63 MiB in 3650 files")`)
+	b.eval(`document.querySelector("[data-tab=checkpoints]").click()`)
+	b.await(`document.querySelectorAll("#p-checkpoints tbody tr").length === 2`)
+	b.await(`document.querySelector("#p-checkpoints").textContent.includes("the socket run/app.sock was left out")`)
+	b.await(`document.querySelector("#p-checkpoints").scrollWidth <= document.querySelector("#p-checkpoints").clientWidth`)
+	b.shot("checkpoints")
+	b.look(400, 860, "light")
+	b.await(`document.querySelector("#detail").scrollWidth <= 400`)
+	b.shot("checkpoints-phone")
+	b.look(1280, 900, "light")
+	b.shot("checkpoints-light")
+	href, _ := b.eval(`document.querySelectorAll("#p-checkpoints a")[1].getAttribute("href")`).(string)
+	if href != "/v1/sessions/outage/archive?checkpoint=20261124t204900.001z-aaaa" {
+		t.Errorf("download leads to %q", href)
+	}
+	press(`document.querySelector("#d-acts")`, "Save now")
+	told("checkpoint sessions/outage")
+	press(`document.querySelectorAll("#p-checkpoints tbody tr")[1]`, "Restore")
+	b.await(`document.querySelector("#ask").open && document.querySelector("#a-text").textContent.includes("20261124t204900.001z-aaaa")`)
+	b.shot("restore")
+	b.eval(`document.querySelector("#a-go").click()`)
+	told("restore 20261124t204900.001z-aaaa sessions/outage")
+	b.await(`!document.querySelector("#ask").open`)
+	press(`document.querySelectorAll("#p-checkpoints tbody tr")[1]`, "Fork")
+	b.await(`document.querySelector("#ask").open`)
+	b.eval(`const a = document.querySelector("#a-form"); a.elements.value.value = "try-it"; a.requestSubmit()`)
+	told("fork try-it at 20261124t204900.001z-aaaa from sessions/outage")
+	b.await(`!document.querySelector("#ask").open`)
+	b.eval(`document.querySelector("#d-close").click()`)
+
+	// Deleting keeps what is stored, unless told otherwise.
+	press(row+`("tigris")`, "Delete")
+	b.await(`document.querySelector("#x-uri").textContent === "s3://work/fleet/tigris" && !document.querySelector("#x-purge").hidden`)
+	b.shot("delete")
+	b.eval(`document.querySelector("#x-form").requestSubmit()`)
+	told("delete purge=false sessions/tigris")
+	b.await(`!document.querySelector("#delete").open`)
+	press(row+`("tigris")`, "Delete")
+	b.eval(`document.querySelector("#x-form").elements.purge.checked = true; document.querySelector("#x-form").requestSubmit()`)
+	told("delete purge=true sessions/tigris")
+	b.await(`!document.querySelector("#delete").open`)
+	press(row+`("scratch")`, "Delete")
+	b.await(`document.querySelector("#x-purge").hidden && document.querySelector("#x-text").textContent.includes("for good")`)
+
+	if title := b.eval(`document.title`); title != "Cloud Code" {
+		t.Errorf("a name ran as script: title %q", title)
+	}
+	for _, s := range b.said {
+		// The first suspend was refused.
+		if !strings.Contains(s, "/v1/sessions/main:suspend") {
+			t.Errorf("the browser complains: %s", s)
+		}
+	}
+
+	// The page of a suspended session says how to wake it.
+	b.call("Page.navigate", map[string]any{"url": r.url("asleep.localhost", "/")})
+	b.await(`document.readyState === "complete" && document.body.textContent.includes("cloudcode session resume asleep")`)
+	b.shot("suspended")
 }
 
 // With a password, a browser that has signed in once uses everything: pages,

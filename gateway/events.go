@@ -28,7 +28,7 @@ const (
 // serveEvents serves a session's events as Server-Sent Events:
 //
 //	id:    of the event, to be given as Last-Event-ID or ?after=
-//	event: lifecycle, opencode, gap, heartbeat or end
+//	event: lifecycle, opencode, checkpointed, gap, heartbeat or end
 //	data:  for opencode the frame of OpenCode, verbatim; for others the message
 //	       of that name in the API, as JSON
 //
@@ -273,6 +273,8 @@ func (s *eventSource) take(e *cloudcodev1.SessionEvent) frame {
 		f.event, f.data = "lifecycle", toJSON(v.Lifecycle)
 	case *cloudcodev1.SessionEvent_Opencode:
 		f.event, f.data = "opencode", []byte(v.Opencode.GetFrame())
+	case *cloudcodev1.SessionEvent_Checkpointed:
+		f.event, f.data = "checkpointed", toJSON(v.Checkpointed)
 	case *cloudcodev1.SessionEvent_Gap:
 		f.event, f.data = "gap", toJSON(v.Gap)
 	case *cloudcodev1.SessionEvent_End:

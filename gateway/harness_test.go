@@ -58,6 +58,7 @@ func eventually(t *testing.T, what string, ok func() bool) {
 type fakeServer struct {
 	cloudcodev1.UnimplementedSessionServiceServer
 	cloudcodev1.UnimplementedNodeServiceServer
+	cloudcodev1.UnimplementedStorageServiceServer
 	gatewayv1.UnimplementedRouteServiceServer
 
 	addr string
@@ -72,10 +73,16 @@ type fakeServer struct {
 	updated  *cloudcodev1.UpdateSessionRequest
 	watched  []string // `after` of each WatchSessionEvents
 	nodes    []*cloudcodev1.Node
+	called   []string // what was done to which session: "suspend sessions/main"
 
 	// events serves WatchSessionEvents, logs ReadSessionLogs.
 	events func(after string, s grpc.ServerStreamingServer[cloudcodev1.SessionEvent]) error
 	logs   func(req *cloudcodev1.ReadSessionLogsRequest, s grpc.ServerStreamingServer[cloudcodev1.LogEntry]) error
+	// read and write serve archives; act is told of each call that changes a session.
+	read        func(req *cloudcodev1.ReadArchiveRequest, s grpc.ServerStreamingServer[cloudcodev1.ReadArchiveResponse]) error
+	write       func(s grpc.ClientStreamingServer[cloudcodev1.WriteArchiveRequest, cloudcodev1.WriteArchiveResponse]) error
+	checkpoints func() []*cloudcodev1.Checkpoint
+	act         func(what, name string) error
 }
 
 func newFakeServer(t *testing.T) *fakeServer {
@@ -97,6 +104,7 @@ func (f *fakeServer) start(t *testing.T) {
 	f.grpc, f.done = grpc.NewServer(), make(chan struct{})
 	cloudcodev1.RegisterSessionServiceServer(f.grpc, f)
 	cloudcodev1.RegisterNodeServiceServer(f.grpc, f)
+	cloudcodev1.RegisterStorageServiceServer(f.grpc, f)
 	gatewayv1.RegisterRouteServiceServer(f.grpc, f)
 	srv, done := f.grpc, f.done
 	go func() { defer close(done); _ = srv.Serve(lis) }()
@@ -218,6 +226,74 @@ func (f *fakeServer) WatchSessionEvents(req *cloudcodev1.WatchSessionEventsReque
 
 func (f *fakeServer) ReadSessionLogs(req *cloudcodev1.ReadSessionLogsRequest, s grpc.ServerStreamingServer[cloudcodev1.LogEntry]) error {
 	return f.logs(req, s)
+}
+
+func (f *fakeServer) ReadArchive(req *cloudcodev1.ReadArchiveRequest, s grpc.ServerStreamingServer[cloudcodev1.ReadArchiveResponse]) error {
+	return f.read(req, s)
+}
+
+func (f *fakeServer) WriteArchive(s grpc.ClientStreamingServer[cloudcodev1.WriteArchiveRequest, cloudcodev1.WriteArchiveResponse]) error {
+	return f.write(s)
+}
+
+func (f *fakeServer) did(what, name string) (*cloudcodev1.Session, error) {
+	f.mu.Lock()
+	f.called = append(f.called, what+" "+name)
+	r := f.routes[name]
+	f.mu.Unlock()
+	if f.act != nil {
+		if err := f.act(what, name); err != nil {
+			return nil, err
+		}
+	}
+	if r == nil {
+		return nil, notFound(name)
+	}
+	return r.GetSession(), nil
+}
+
+func (f *fakeServer) calls() []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Clone(f.called)
+}
+
+func (f *fakeServer) SuspendSession(_ context.Context, req *cloudcodev1.SuspendSessionRequest) (*cloudcodev1.Session, error) {
+	return f.did("suspend", req.GetName())
+}
+
+func (f *fakeServer) ResumeSession(_ context.Context, req *cloudcodev1.ResumeSessionRequest) (*cloudcodev1.Session, error) {
+	return f.did("resume", req.GetName())
+}
+
+func (f *fakeServer) RestoreSession(_ context.Context, req *cloudcodev1.RestoreSessionRequest) (*cloudcodev1.Session, error) {
+	return f.did("restore "+req.GetCheckpoint(), req.GetName())
+}
+
+func (f *fakeServer) ForkSession(_ context.Context, req *cloudcodev1.ForkSessionRequest) (*cloudcodev1.Session, error) {
+	return f.did("fork "+req.GetSessionId()+" at "+req.GetCheckpoint()+" from", req.GetName())
+}
+
+func (f *fakeServer) DeleteSession(_ context.Context, req *cloudcodev1.DeleteSessionRequest) (*cloudcodev1.Session, error) {
+	return f.did(fmt.Sprintf("delete purge=%t", req.GetPurgeStorage()), req.GetName())
+}
+
+func (f *fakeServer) CheckpointSession(_ context.Context, req *cloudcodev1.CheckpointSessionRequest) (*cloudcodev1.Checkpoint, error) {
+	if _, err := f.did("checkpoint", req.GetName()); err != nil {
+		return nil, err
+	}
+	return f.checkpoints()[0], nil
+}
+
+func (f *fakeServer) ListCheckpoints(_ context.Context, req *cloudcodev1.ListCheckpointsRequest) (*cloudcodev1.ListCheckpointsResponse, error) {
+	if f.checkpoints == nil {
+		return nil, grpcerr.New(codes.FailedPrecondition, "SESSION_NOT_PERSISTENT", "%s has no object storage", req.GetParent())
+	}
+	return &cloudcodev1.ListCheckpointsResponse{Checkpoints: f.checkpoints()}, nil
+}
+
+func (f *fakeServer) ListStorageProfiles(context.Context, *cloudcodev1.ListStorageProfilesRequest) (*cloudcodev1.ListStorageProfilesResponse, error) {
+	return &cloudcodev1.ListStorageProfilesResponse{StorageProfiles: []*cloudcodev1.StorageProfile{{Name: "storageProfiles/default", Bucket: "work"}}}, nil
 }
 
 // rig is a gateway with a server, and a node that is linked to it for real.

@@ -50,7 +50,8 @@ type page struct {
 	Percent                        int64
 	HasPercent                     bool
 	Busy                           bool
-	Reload                         int // seconds; 0: not by itself
+	Reload                         int    // seconds; 0: not by itself
+	Dashboard                      string // address of the session in it
 }
 
 func writePage(w http.ResponseWriter, httpStatus int, p page) {

@@ -127,7 +127,7 @@ func (p *proxy) ready(w http.ResponseWriter, r *http.Request, d destination) (*r
 	case rt.running():
 		return rt, true
 	}
-	notRunning(w, r, rt)
+	p.notRunning(w, r, rt)
 	return nil, false
 }
 
@@ -144,7 +144,7 @@ func (p *proxy) isNew(ctx context.Context, session string) bool {
 const askTimeout = 2 * time.Second
 
 // notRunning says what the session is doing instead.
-func notRunning(w http.ResponseWriter, r *http.Request, rt *route) {
+func (p *proxy) notRunning(w http.ResponseWriter, r *http.Request, rt *route) {
 	s := rt.session
 	state := strings.TrimPrefix(s.GetState().String(), "STATE_")
 	if s.GetState() == cloudcodev1.Session_DELETING {
@@ -154,7 +154,11 @@ func notRunning(w http.ResponseWriter, r *http.Request, rt *route) {
 		})
 		return
 	}
-	w.Header().Set("Retry-After", "2")
+	asleep := s.GetState() == cloudcodev1.Session_SUSPENDED
+	if !asleep { // or else it does not help
+		w.Header().Set("Retry-After", "2")
+	}
+	resume := "Start it again with `cloudcode session resume " + rt.id + "`, or with Resume in the dashboard."
 	if wantsPage(r) {
 		pg := page{
 			Session: rt.id, State: state, Reason: s.GetReason(), Message: s.GetMessage(),
@@ -169,6 +173,12 @@ func notRunning(w http.ResponseWriter, r *http.Request, rt *route) {
 			pg.Title, pg.Busy = "Waiting for a node", true
 		case cloudcodev1.Session_STARTING:
 			pg.Title, pg.Busy = "Starting "+rt.id, true
+		case cloudcodev1.Session_SUSPENDING:
+			pg.Title, pg.Busy = rt.id+" is being suspended", true
+		case cloudcodev1.Session_SUSPENDED:
+			pg.Title, pg.Reload = rt.id+" is suspended", 0
+			pg.Message = strings.TrimSpace(pg.Message + " " + resume)
+			pg.Dashboard = p.g.baseURI.String() + dashboardPath + "#/sessions/" + rt.id
 		case cloudcodev1.Session_FAILED:
 			pg.Title = rt.id + " has failed"
 		case cloudcodev1.Session_LOST:
@@ -187,6 +197,13 @@ func notRunning(w http.ResponseWriter, r *http.Request, rt *route) {
 		if more != "" {
 			message += ": " + more
 		}
+	}
+	if asleep {
+		writeError(w, r, http.StatusServiceUnavailable, problem{
+			code: codes.Unavailable, reason: "SESSION_SUSPENDED", message: message + ". " + resume,
+			metadata: map[string]string{"session": rt.id, "state": state, "session_reason": s.GetReason()},
+		})
+		return
 	}
 	writeError(w, r, http.StatusServiceUnavailable, problem{
 		code: codes.Unavailable, reason: "SESSION_NOT_RUNNING", message: message,

@@ -61,7 +61,7 @@ function bytes(n) {
   return (n >= 10 || i === 0 ? Math.round(n) : n.toFixed(1)) + " " + units[i];
 }
 const looks = {
-  RUNNING: "ok", READY: "ok", STARTING: "busy", PENDING: "wait", DELETING: "off",
+  RUNNING: "ok", READY: "ok", STARTING: "busy", SUSPENDING: "busy", SUSPENDED: "off", PENDING: "wait", DELETING: "off",
   FAILED: "bad", LOST: "bad", NOT_READY: "bad",
 };
 const badge = (state) => el("span", { class: "badge " + (looks[state] || "off") },
@@ -89,8 +89,7 @@ function keyed(list, items, key, make, empty) {
       row = { node, sig };
       rows.set(k, row);
     }
-    const t = row.node.querySelector("[data-time]");
-    if (t) t.textContent = age(t.dataset.time);
+    for (const t of row.node.querySelectorAll("[data-time]")) t.textContent = age(t.dataset.time);
     if ((at ? at.nextSibling : list.firstChild) !== row.node) list.insertBefore(row.node, at ? at.nextSibling : list.firstChild);
     at = row.node;
   }
@@ -109,23 +108,52 @@ function why(s) {
     if (total > 0) {
       parts.push(" (" + bytes(now) + " of " + bytes(total) + ")");
       parts.push(el("progress", { max: total, value: Math.min(now, total) }));
-    } else if (s.state === "STARTING") parts.push(el("progress"));
+    } else if (s.state === "STARTING" || s.state === "SUSPENDING") parts.push(el("progress"));
   }
   if (s.restartCount > 0 && s.state !== "RUNNING") parts.push(" · restarted " + s.restartCount + "×");
   return parts.length ? el("div", { class: "why" + (looks[s.state] === "bad" ? " bad" : "") }, parts) : null;
 }
+const localOnly = "Files and chats are only on the disk of its node, and are lost with it. Sessions are kept when the server has object storage.";
+const moment = (time) => new Date(time).toLocaleString([], { dateStyle: "medium", timeStyle: "medium", hour12: false });
+const when = (time) => el("span", { "data-time": time, title: time }, age(time));
+// Where a session is kept and how far it is saved, as parts of a line.
+function storageParts(s) {
+  const st = s.storage || {};
+  if (st.mode === "LOCAL") return [el("span", { class: "warn note", title: localOnly, tabindex: 0, role: "note", "aria-label": "not persistent: " + localOnly }, "not persistent")];
+  if (!st.persistent) return [];
+  const parts = [st.mode.toLowerCase()];
+  if (st.unsavedSince) parts.push(" · ", el("span", { class: "warn", title: st.message }, "unsaved for ", when(st.unsavedSince)));
+  else if (st.checkpoint) parts.push(" · saved ", when(st.checkpoint.createTime), " ago");
+  else parts.push(" · not saved yet");
+  if (st.mountState === "MOUNT_FAILED") parts.push(" · ", el("span", { class: "warn", title: st.message }, "mount failed"));
+  if (st.mountState === "REMOUNTING") parts.push(" · ", el("span", { class: "warn", title: st.message }, "remounting"));
+  return parts;
+}
+// What can be done to a session in its state.
+const can = (s) => ({
+  suspend: ["PENDING", "STARTING", "RUNNING", "FAILED"].includes(s.state),
+  resume: s.state === "SUSPENDED" || (s.state === "LOST" && !!(s.storage && s.storage.persistent)),
+  save: s.state === "RUNNING" && !!(s.storage && s.storage.persistent),
+  fork: s.state !== "DELETING" && !!(s.storage && s.storage.mode === "SNAPSHOT"),
+  download: s.state !== "DELETING" && (s.state === "RUNNING" || !!(s.storage && s.storage.persistent)),
+});
+const wake = (s) => can(s).resume ? el("button", { type: "button", class: "wake", onclick: () => resume(s) }, "Resume")
+  : el("button", { type: "button", class: "wake", disabled: !can(s).suspend, onclick: () => suspend(s) }, "Suspend");
 function sessionRow(s) {
   const id = idOf(s.name);
   return el("div", { class: "row" },
     el("div", { class: "state" }, badge(s.state)),
     el("div", { class: "title" }, el("button", { class: "name", type: "button", title: "Events, logs, details", onclick: () => openDetail(id) }, id), chips(s.labels)),
+    el("div", { class: "cell storage" }, storageParts(s)),
     el("div", { class: "cell" }, s.node ? idOf(s.node) : ""),
     el("div", { class: "cell num", "data-time": s.createTime || "", title: s.createTime || "" }, age(s.createTime)),
     el("div", { class: "acts" },
       el("a", { class: "button", href: webURI(s), target: "_blank", rel: "noopener" }, "Open"),
+      wake(s),
       el("button", { type: "button", onclick: () => openDetail(id) }, "Details"),
-      el("button", { type: "button", class: "quiet", disabled: s.state === "DELETING", onclick: () => askDelete(id) }, "Delete")),
-    why(s));
+      el("button", { type: "button", class: "quiet", disabled: s.state === "DELETING", onclick: () => askDelete(s) }, "Delete")),
+    why(s),
+    s.storage && s.storage.message ? el("div", { class: "why warn" }, "Storage: " + s.storage.message) : null);
 }
 function nodeRow(n) {
   const i = n.info || {};
@@ -189,10 +217,23 @@ function showHead() {
   const s = sessions.find((s) => idOf(s.name) === current);
   $("d-title").textContent = current;
   $("d-open").hidden = !s;
-  if (!s) { $("d-sub").replaceChildren("This session is gone."); return; }
+  if (!s) { $("d-sub").replaceChildren("This session is gone."); $("d-acts").replaceChildren(); $("d-acts").sig = ""; return; }
   $("d-open").href = webURI(s);
   const text = [s.reason, s.message, s.progress && s.progress.detail].filter(Boolean).join(" — ");
-  $("d-sub").replaceChildren(badge(s.state), el("span", {}, [s.node && "on " + idOf(s.node), s.opencodeVersion && "OpenCode " + s.opencodeVersion, "generation " + s.generation].filter(Boolean).join(" · ")), text);
+  $("d-sub").replaceChildren(badge(s.state), el("span", {}, [s.node && "on " + idOf(s.node), s.opencodeVersion && "OpenCode " + s.opencodeVersion, "generation " + s.generation].filter(Boolean).join(" · ") + (text ? " · " : ""), text),
+    el("span", {}, s.storage && s.storage.uri ? ["Kept in ", el("span", { class: "mono" }, s.storage.uri), " · "] : "", storageParts(s), s.storage && s.storage.mode === "LOCAL" ? " · " + localOnly : ""));
+  const acts = [wake(s)];
+  if (s.storage && s.storage.persistent) {
+    acts.push(el("button", { type: "button", disabled: !can(s).save, onclick: (e) => save(s, e.target) }, "Save now"));
+    acts.push(el("button", { type: "button", disabled: !can(s).fork, title: s.storage.mode === "SNAPSHOT" ? null : "Only for storage mode snapshot", onclick: () => fork(s, "") }, "Fork"));
+  }
+  if (can(s).download) acts.push(el("a", { class: "button", href: archive(s, ""), download: "" }, "Download"));
+  // Buttons are kept while they mean the same: a click never hits one that is being replaced.
+  const sig = JSON.stringify([s.name, can(s), s.storage && s.storage.mode]);
+  if ($("d-acts").sig !== sig) { $("d-acts").replaceChildren(...acts); $("d-acts").sig = sig; }
+  for (const t of $("p-checkpoints").querySelectorAll("[data-time]")) t.textContent = age(t.dataset.time);
+  const newest = s.storage && s.storage.checkpoint ? s.storage.checkpoint.id : "";
+  if (tab === "checkpoints" && newest !== shownCheckpoint) listCheckpoints(s);
   const spec = JSON.stringify(s, null, 2);
   if ($("p-spec").textContent !== spec) $("p-spec").textContent = spec;
 }
@@ -207,6 +248,10 @@ function select(name) {
   $("d-status").textContent = "";
   if (name === "events") followEvents(current);
   if (name === "logs") followLogs(current);
+  if (name === "checkpoints") {
+    const s = sessions.find((s) => idOf(s.name) === current);
+    if (s) listCheckpoints(s);
+  }
 }
 for (const b of tabs) b.addEventListener("click", () => select(b.dataset.tab));
 $("d-close").addEventListener("click", () => $("detail").close());
@@ -244,6 +289,10 @@ function describe(kind, data) {
     const s = data.session || {};
     return [s.state || "lifecycle", [s.reason, s.message, s.progress && s.progress.detail].filter(Boolean).join(" — ")];
   }
+  if (kind === "checkpointed") {
+    const c = data.checkpoint || {};
+    return ["saved", [c.trigger && "after " + c.trigger, Number(c.bytes) > 0 && bytes(c.bytes) + " in " + c.files + " files", c.id].filter(Boolean).join(" · ")];
+  }
   return [kind, data.message || data.reason || ""];
 }
 function eventRow({ kind, id, at, raw }) {
@@ -262,7 +311,7 @@ function followEvents(id) {
   const src = new EventSource("/v1/sessions/" + encodeURIComponent(id) + "/events");
   src.onopen = () => { status.textContent = "● live"; };
   src.onerror = () => { status.textContent = src.readyState === EventSource.CLOSED ? "closed" : "connecting…"; };
-  for (const kind of ["lifecycle", "opencode", "gap", "end"]) {
+  for (const kind of ["lifecycle", "opencode", "checkpointed", "gap", "end"]) {
     src.addEventListener(kind, (e) => {
       add({ kind, id: e.lastEventId, raw: e.data, at: new Date().toLocaleTimeString([], { hour12: false }) });
       if (kind === "end") { src.close(); status.textContent = "ended"; }
@@ -291,6 +340,130 @@ async function followLogs(id) {
     status.textContent = "";
     add((pane.childNodes.length ? "\n" : "") + (e instanceof APIError ? e.message : "The log broke off: " + e.message) + "\n");
   }
+}
+
+// Checkpoints of one session.
+let shownCheckpoint = "";
+const archive = (s, checkpoint) => "/v1/" + s.name + "/archive" + (checkpoint ? "?checkpoint=" + encodeURIComponent(checkpoint) : "");
+async function listCheckpoints(s) {
+  const pane = $("p-checkpoints"), id = idOf(s.name);
+  shownCheckpoint = s.storage && s.storage.checkpoint ? s.storage.checkpoint.id : "";
+  if (!s.storage || !s.storage.persistent) {
+    pane.replaceChildren(el("div", { class: "empty" }, el("strong", {}, "No checkpoints"), localOnly));
+    return;
+  }
+  let all;
+  try {
+    all = (await api("GET", "/v1/" + s.name + "/checkpoints?pageSize=100")).checkpoints || [];
+  } catch (e) {
+    if (current === id) pane.replaceChildren(el("div", { class: "empty", role: "alert" }, el("strong", {}, "The checkpoints cannot be listed"), e.message));
+    return;
+  }
+  if (current !== id || tab !== "checkpoints") return;
+  if (!all.length) {
+    pane.replaceChildren(el("div", { class: "empty" }, el("strong", {}, "No checkpoints yet"), "One follows each turn of a chat."));
+    return;
+  }
+  const snapshot = s.storage.mode === "SNAPSHOT", why = snapshot ? null : "Only for storage mode snapshot";
+  pane.replaceChildren(el("table", { "aria-label": "Checkpoints of " + id },
+    el("thead", {}, el("tr", {}, ["Saved", "After", "Files", "Size", "Sent"].map((h) => el("th", { scope: "col", class: ["Files", "Size", "Sent"].includes(h) ? "num" : null }, h)), el("th", { scope: "col" }, el("span", { class: "sr" }, "Actions")))),
+    el("tbody", {}, all.map((c) => el("tr", {},
+      el("td", {}, when(c.createTime), " ago, " + moment(c.createTime), el("div", { class: "id mono" }, c.id, c.node ? " on " + idOf(c.node) : ""), (c.notes || []).map((n) => el("div", { class: "warn" }, n))),
+      el("td", {}, c.trigger), el("td", { class: "num" }, c.files), el("td", { class: "num" }, bytes(c.bytes)), el("td", { class: "num" }, bytes(c.uploadedBytes)),
+      el("td", {}, el("div", { class: "acts" },
+        el("button", { type: "button", disabled: !snapshot, title: why, "aria-label": "Restore " + c.id, onclick: () => restore(s, c) }, "Restore"),
+        el("button", { type: "button", disabled: !snapshot, title: why, "aria-label": "Fork " + c.id, onclick: () => fork(s, c.id) }, "Fork"),
+        el("a", { class: "button", href: archive(s, c.id), download: "", "aria-label": "Download " + c.id }, "Download"))))))));
+}
+
+// Questions before something is done, and what went wrong with what is not asked.
+let todo = null;
+function ask({ title, text, label, danger, field, run }) {
+  todo = run;
+  $("a-title").textContent = title;
+  $("a-text").textContent = text;
+  $("a-field").hidden = !field;
+  $("a-label").textContent = field || "";
+  $("a-form").reset();
+  $("a-error").hidden = true;
+  $("a-go").hidden = !run;
+  $("a-go").textContent = label || "";
+  $("a-go").className = danger ? "danger" : "primary";
+  $("a-cancel").textContent = run ? "Cancel" : "Close";
+  $("ask").showModal();
+}
+$("a-form").addEventListener("submit", async (ev) => {
+  ev.preventDefault();
+  if (!todo) { $("ask").close(); return; }
+  $("a-error").hidden = true;
+  $("a-go").disabled = true;
+  try {
+    await todo(ev.target.elements.value.value.trim());
+    $("ask").close();
+    poll();
+  } catch (e) {
+    fail($("a-error"), e);
+  } finally {
+    $("a-go").disabled = false;
+  }
+});
+const act = (s, verb, body) => api("POST", "/v1/" + s.name + ":" + verb, body || {});
+function suspend(s) {
+  ask({
+    title: "Suspend session " + idOf(s.name) + "?", label: "Suspend", run: () => act(s, "suspend"),
+    text: "What runs in its container ends. Files and chats stay" + (s.storage && s.storage.persistent ? "; it is saved first, and then takes nothing on its node." : " on its node."),
+  });
+}
+async function resume(s) {
+  if (s.state === "LOST") {
+    ask({
+      title: "Resume session " + idOf(s.name) + " elsewhere?", label: "Resume elsewhere", danger: true, run: () => act(s, "resume"),
+      text: "It goes on from its newest checkpoint on another node. Do this when " + idOf(s.node || "its node") + " is gone or cut off: what it has not saved is lost.",
+    });
+    return;
+  }
+  try {
+    await act(s, "resume");
+    poll();
+  } catch (e) { ask({ title: "Session " + idOf(s.name) + " was not resumed", text: e.message }); }
+}
+async function save(s, button) {
+  button.disabled = true;
+  button.textContent = "Saving…";
+  try {
+    await act(s, "checkpoint");
+    await poll();
+    if (tab === "checkpoints" && current === idOf(s.name)) listCheckpoints(s);
+  } catch (e) {
+    ask({ title: "Session " + idOf(s.name) + " was not saved", text: e.message });
+  } finally {
+    button.disabled = false;
+    button.textContent = "Save now";
+  }
+}
+function restore(s, c) {
+  ask({
+    title: "Take session " + idOf(s.name) + " back?", label: "Restore", danger: true, run: () => act(s, "restore", { checkpoint: c.id }),
+    text: "Its files and chats become as they were at " + moment(c.createTime) + " (" + c.id + "). It is saved as it is now first, so this can be undone the same way. Then its container starts anew.",
+  });
+}
+function fork(s, checkpoint) {
+  let requestId = newUUID();
+  ask({
+    title: "Fork session " + idOf(s.name), label: "Fork", field: "Id of the new session",
+    text: "A new session begins with the files and chats of this one" + (checkpoint ? " as of checkpoint " + checkpoint : "") + ". The two then have nothing to do with each other.",
+    run: async (id) => {
+      let made;
+      try {
+        made = await act(s, "fork", { checkpoint, sessionId: id, requestId });
+      } catch (e) {
+        if (e instanceof APIError && e.status < 500) requestId = newUUID(); // as for a create
+        throw e;
+      }
+      await poll();
+      openDetail(idOf(made.name));
+    },
+  });
 }
 
 // Create and delete.
@@ -346,6 +519,11 @@ $("c-form").addEventListener("submit", async (ev) => {
         resources: { cpuMillis: number(f("cpu"), "CPUs", 1000), memoryBytes: size(f("memory"), "Memory"), diskBytes: size(f("disk"), "Disk"), pids: number(f("pids"), "Processes", 1) },
       },
     };
+    const storage = {};
+    if (f("mode")) storage.mode = f("mode");
+    if (f("profile").trim()) storage.profile = f("profile").trim();
+    if (f("prefix").trim()) storage.prefix = f("prefix").trim();
+    if (Object.keys(storage).length) session.spec.storage = storage;
     const query = new URLSearchParams({ requestId: requestID });
     if (f("id").trim()) query.set("sessionId", f("id").trim());
     const made = await api("POST", "/v1/sessions?" + query, session);
@@ -361,8 +539,13 @@ $("c-form").addEventListener("submit", async (ev) => {
   }
 });
 let victim = "";
-function askDelete(id) {
+function askDelete(s) {
+  const id = idOf(s.name), kept = !!(s.storage && s.storage.persistent);
   victim = id;
+  $("x-form").reset();
+  $("x-text").textContent = kept ? "Its container stops and it leaves its node. What is stored of it stays, and can be recovered." : "Its container stops, and its workspace and chats are removed for good.";
+  $("x-purge").hidden = !kept;
+  $("x-uri").textContent = kept ? s.storage.uri : "";
   $("x-title").textContent = "Delete session " + id + "?";
   $("x-error").hidden = true;
   $("delete").showModal();
@@ -370,7 +553,7 @@ function askDelete(id) {
 $("x-form").addEventListener("submit", async (ev) => {
   ev.preventDefault();
   try {
-    await api("DELETE", "/v1/sessions/" + encodeURIComponent(victim) + "?allowMissing=true");
+    await api("DELETE", "/v1/sessions/" + encodeURIComponent(victim) + "?allowMissing=true" + (ev.target.elements.purge.checked ? "&purgeStorage=true" : ""));
     $("delete").close();
     poll();
   } catch (e) { fail($("x-error"), e); }

@@ -71,7 +71,8 @@ func (s *s3) classify(op, key string, err error) failure {
 		return failure{err: say(ErrUnavailable, "%s is busy with another write of the same object: %s", at, r.Error()), retry: always}
 	case minio.NoSuchBucket, minio.InvalidBucketName:
 		return failure{err: say(ErrNoBucket, "there is no bucket %q at %s: create it, or correct its name", s.cfg.Bucket, at)}
-	case minio.InvalidAccessKeyID, "InvalidAccessKey", "InvalidClientTokenId":
+	case minio.InvalidAccessKeyID, "InvalidAccessKey", "InvalidClientTokenId",
+		"XAdminUserNotFound": // versitygw
 		return failure{err: say(ErrDenied, "%s does not know access key id %s: check it", at, s.shownKey())}
 	case minio.SignatureDoesNotMatch, "InvalidSignature":
 		return failure{err: say(ErrDenied, "the secret access key is not the one of access key id %s: check it", s.shownKey())}
@@ -115,18 +116,27 @@ func (s *s3) classify(op, key string, err error) failure {
 	case st == http.StatusTooManyRequests:
 		return failure{err: say(ErrUnavailable, "%s asks to slow down", at), retry: always}
 	case st >= 500 || st == http.StatusRequestTimeout || st == 0:
-		return failure{err: say(ErrUnavailable, "%s answers %s: %s", at, status(r), r.Error()), retry: ifIdempotent}
+		return failure{err: say(ErrUnavailable, "%s answers %s", at, status(r)), retry: ifIdempotent}
 	case st/100 == 3:
 		return failure{err: say(ErrRegion, "%s sends one elsewhere for bucket %q: use the bucket's own endpoint and region", at, s.cfg.Bucket), region: r.Region}
 	}
-	return failure{err: say(ErrUnsupported, "%s answers %s: %s", at, status(r), r.Error())}
+	return failure{err: say(ErrUnsupported, "%s answers %s", at, status(r))}
 }
 
+// status is all that an answer says, on one line.
 func status(r minio.ErrorResponse) string {
-	if r.StatusCode == 0 || strings.HasPrefix(r.Code, fmt.Sprint(r.StatusCode)) {
-		return r.Code
+	s := r.Code
+	if r.StatusCode != 0 && !strings.HasPrefix(s, fmt.Sprint(r.StatusCode)) {
+		s = fmt.Sprintf("%d %s", r.StatusCode, s)
 	}
-	return fmt.Sprintf("%d %s", r.StatusCode, r.Code)
+	if text := strings.Join(strings.Fields(r.Error()), " "); text != s {
+		s += ": " + text
+	}
+	const enough = 200
+	if len(s) > enough {
+		s = s[:enough] + "…"
+	}
+	return s
 }
 
 // shownKey is enough of the access key id to recognise it: someone may have put the secret there.
@@ -186,8 +196,13 @@ func (s *s3) classifyTransport(what string, err error) failure {
 		return failure{err: say(ErrUnavailable, "no connection to %s: %v", at, op.Err), retry: always}
 	case errors.As(err, &netErr) && netErr.Timeout(), errors.Is(err, context.DeadlineExceeded):
 		return failure{err: say(ErrUnavailable, "%s takes too long to answer", at), retry: ifIdempotent}
+	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
+		return failure{err: say(ErrUnavailable, "%s broke the connection off", at), retry: ifIdempotent}
 	case errors.Is(err, io.ErrUnexpectedEOF):
 		return failure{err: say(ErrUnavailable, "%s cut an answer off", at), retry: ifIdempotent}
+	}
+	if strings.Contains(err.Error(), "Connection closed by foreign host") { // minio's words for EOF
+		return failure{err: say(ErrUnavailable, "%s closed the connection without an answer", at), retry: ifIdempotent}
 	}
 	return failure{err: say(ErrUnavailable, "%s: %v", at, inner(err)), retry: ifIdempotent}
 }

@@ -221,6 +221,9 @@ func (m *Memory) Stat(ctx context.Context, key string) (Object, error) {
 
 // Put implements Store.
 func (m *Memory) Put(ctx context.Context, key string, data []byte, opts PutOptions) (Object, error) {
+	if err := checkKey(OpPut, key); err != nil {
+		return Object{}, err
+	}
 	if err := opts.check(key); err != nil {
 		return Object{}, err
 	}

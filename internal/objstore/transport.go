@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 )
@@ -135,6 +136,9 @@ func (e *notS3Error) Error() string {
 	return fmt.Sprintf("it is no S3 server, or something in front of it answers: status %d and %q", e.status, e.text)
 }
 
+// roots of the documents that S3 servers send.
+var roots = []string{"<Error", "ListBucketResult", "LocationConstraint", "DeleteResult"}
+
 // checkS3 returns notS3Error for an answer that no S3 server gives: an error, or a
 // list, that is not XML. Failures of a proxy in front of a server that is down
 // are left to their status.
@@ -153,8 +157,7 @@ func checkS3(req *http.Request, resp *http.Response) error {
 		return err
 	}
 	text := bytes.TrimSpace(bytes.TrimPrefix(start, []byte("\xef\xbb\xbf")))
-	lower := bytes.ToLower(text)
-	xml := bytes.HasPrefix(text, []byte("<")) && !bytes.HasPrefix(lower, []byte("<html")) && !bytes.HasPrefix(lower, []byte("<!doctype"))
+	xml := bytes.HasPrefix(text, []byte("<")) && slices.ContainsFunc(roots, func(r string) bool { return bytes.Contains(text, []byte(r)) })
 	if xml || len(text) == 0 && !list {
 		resp.Body = struct {
 			io.Reader

@@ -12,8 +12,13 @@ import (
 var (
 	ErrNotFound    = errors.New("not mounted")
 	ErrUnavailable = errors.New("mounter is not installed on this machine")
-	ErrFailed      = errors.New("mounting failed") // the text says why: what the mounter printed
+	ErrInvalid     = errors.New("mount cannot be made like this") // asking again cannot help
+	ErrFailed      = errors.New("mounting failed")                // the text says why: what the mounter printed
 	ErrNotFlushed  = errors.New("not everything could be written to the object store")
+	ErrDead        = errors.New("mounter has died")
+	ErrDetached    = errors.New("mounter runs, but its mount is gone")
+	ErrHung        = errors.New("mount does not answer")
+	ErrBusy        = errors.New("mount is still in use")
 )
 
 // Spec of one mount. It is self-contained. Secrets are in it.
@@ -25,36 +30,48 @@ type Spec struct {
 	Endpoint, Bucket, AccessKeyID, SecretAccessKey, Region string
 	PathStyle                                              bool
 	Prefix                                                 string // no slashes at its ends; may be empty
-	Args                                                   string // further arguments of the mounter
+	Args                                                   string // further arguments of this mounter
 	UID, GID                                               uint32 // that everything belongs to on the host
 	LogPath                                                string // what the mounter prints goes here
 }
 
 // Mounter mounts. All methods are safe for concurrent use; calls for one id are
-// made one at a time. A mount's process outlives ours: List finds it again.
+// made one at a time, except Abandon, which ends the others. A mount's process
+// outlives ours: List finds it again.
 type Mounter interface {
 	// Name is `tigrisfs` or `rclone`.
 	Name() string
 	// Version of the mounter's program. Returns ErrUnavailable if it is not installed.
 	Version(ctx context.Context) (string, error)
 	// Mount makes the mount, or adopts one that is there, answers, and has the same spec.
-	// Another one is unmounted first. It returns once the mount answers.
-	// Returns ErrUnavailable or ErrFailed.
+	// Another one is unmounted first, one that is dead or hangs is abandoned. It
+	// returns once the mount answers. Returns ErrUnavailable, ErrInvalid, ErrFailed,
+	// or why another one cannot be unmounted.
 	Mount(ctx context.Context, s Spec) error
-	// Probe returns nil if the mount answers in time, and why not otherwise: its
-	// process is gone, it is not mounted, or it hangs. Returns ErrNotFound if it
-	// was never mounted.
+	// Probe returns nil if the mount answers in time, and why not otherwise: ErrDead,
+	// ErrDetached or ErrHung. Returns ErrNotFound if it was never mounted. An object
+	// store that is away is none of this: the mounter waits for it.
 	Probe(ctx context.Context, id string) error
-	// Sync returns once what was written is in the object store. ErrNotFlushed says what is not.
+	// Sync returns once what was written before is in the object store. ErrNotFlushed
+	// says what is not.
 	Sync(ctx context.Context, id string) error
 	// Unmount syncs, unmounts, and waits until the mounter has exited. On
-	// ErrNotFlushed or the end of ctx the mount is still there. What is not mounted is no error.
+	// ErrNotFlushed, ErrBusy or the end of ctx the mount is still there. What is not
+	// mounted is no error.
 	Unmount(ctx context.Context, id string) error
 	// Abandon kills the mounter and detaches the mount: nothing more of it reaches
 	// the object store. It is the fence, and quick. What is not mounted is no error.
 	Abandon(ctx context.Context, id string) error
 	// List returns the mounts that are there, dead or alive.
 	List(ctx context.Context) ([]Status, error)
+}
+
+// Remounter is what a Mounter has that keeps unwritten files on disk.
+type Remounter interface {
+	// Remount is Mount, but what a dead or hung mounter had not written is written by
+	// the new one, as far as it is on disk. Only for whoever knows that nobody else
+	// has written there meanwhile.
+	Remount(ctx context.Context, s Spec) error
 }
 
 // Status of a mount.

@@ -1,0 +1,200 @@
+package tigrisfs
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/cloudcode-dev/cloudcode/nodeagent/mount"
+	"github.com/cloudcode-dev/cloudcode/nodeagent/mount/fsop"
+	"github.com/cloudcode-dev/cloudcode/nodeagent/mount/process"
+)
+
+const (
+	syncPause    = 250 * time.Millisecond
+	maxDumpBytes = 64 << 20
+	maxFolders   = 10000
+)
+
+// inode is what the attribute `debug` prints, the parts we need.
+type inode struct {
+	Fn         string `json:"fn"`
+	ID         uint64 `json:"id"`
+	Path       string `json:"path"`
+	State      string `json:"state"` // created, modified, deleted; "" if all is uploaded
+	FlushError string `json:"flushError"`
+	Dir        *struct {
+		ModifiedChildren int      `json:"modifiedChildren"` // in all below; open files count too
+		DeletedChildren  []string `json:"deletedChildren"`
+	} `json:"dir"`
+}
+
+// Sync implements process.Driver: fsync of the root, then a look at what is not
+// uploaded, until that is nothing.
+func (d driver) Sync(ctx context.Context, m process.Mounted) error {
+	var before, left map[string]string // path: why
+	for {
+		err := m.Ask(ctx, func(ctx context.Context) error { return fsop.Fsync(ctx, m.Point) })
+		if err == nil {
+			// Not lost if it fails: what was left before is what can be said.
+			var now map[string]string
+			if now, err = d.pending(ctx, m); err == nil {
+				before, left = left, now
+			}
+		}
+		switch {
+		case err != nil && ctx.Err() == nil:
+			return fmt.Errorf("%w: %w", mount.ErrNotFlushed, err)
+		case err != nil && left == nil:
+			return fmt.Errorf("%w: flushing has not ended in time: %w", mount.ErrNotFlushed, ctx.Err())
+		case err == nil && settled(before, left):
+			return nil
+		}
+		t := time.NewTimer(syncPause)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return fmt.Errorf("%w: %s: %w", mount.ErrNotFlushed, describe(left), ctx.Err())
+		}
+	}
+}
+
+// settled says whether all that was there before the last fsync is uploaded. A file
+// that is being written to is never without a change: it counts only if an upload
+// failed, or if it was on both lists.
+func settled(before, left map[string]string) bool {
+	if len(left) == 0 {
+		return true
+	}
+	if before == nil {
+		return false
+	}
+	for name, why := range left {
+		if _, twice := before[name]; twice && (why != changing || before[name] != changing) || why != changing {
+			return false
+		}
+	}
+	return true
+}
+
+// changing: an inode that has changes and no error. After an fsync those are new ones.
+const changing = "has changed again"
+
+func describe(left map[string]string) string {
+	names := slices.Sorted(maps.Keys(left))
+	var b strings.Builder
+	for i, name := range names {
+		if i == 3 {
+			fmt.Fprintf(&b, "; and %d more", len(names)-i)
+			break
+		}
+		if i > 0 {
+			b.WriteString("; ")
+		}
+		fmt.Fprintf(&b, "%q: %s", name, left[name])
+	}
+	return b.String()
+}
+
+// pending returns what is not uploaded, and why not.
+func (d driver) pending(ctx context.Context, m process.Mounted) (map[string]string, error) {
+	left := map[string]string{}
+	folders := []string{"."}
+	for seen := 0; len(folders) > 0; {
+		seen += len(folders)
+		if seen > maxFolders {
+			return nil, fmt.Errorf("more than %d folders have changes", maxFolders)
+		}
+		inodes, err := d.dump(ctx, m, folders)
+		if err != nil {
+			return nil, err
+		}
+		asked := map[string]bool{}
+		for _, f := range folders {
+			asked[strings.TrimPrefix(f, ".")] = true
+		}
+		folders = nil
+		for _, in := range inodes {
+			switch {
+			case in.FlushError != "" && in.State != "":
+				left[in.Path] = in.FlushError
+			case in.State != "":
+				left[in.Path] = changing
+			}
+			if in.Dir == nil {
+				continue
+			}
+			if asked[in.Path] {
+				for _, name := range in.Dir.DeletedChildren {
+					left[path.Join(in.Path, name)] = "is not removed yet"
+				}
+			} else if in.Dir.ModifiedChildren > 0 {
+				folders = append(folders, in.Path)
+			}
+		}
+	}
+	return left, nil
+}
+
+// dump returns the state of folders and of what is in them.
+func (d driver) dump(ctx context.Context, m process.Mounted, folders []string) ([]inode, error) {
+	from := int64(0)
+	if fi, err := os.Stat(m.Log); err == nil {
+		from = fi.Size()
+	}
+	err := m.Ask(ctx, func(ctx context.Context) error { return fsop.Setxattr(ctx, m.Point, "debug", folders...) })
+	if err != nil {
+		return nil, err
+	}
+	data, err := process.Since(m.Log, from, maxDumpBytes)
+	if err != nil {
+		return nil, err
+	}
+	var inodes []inode
+	for line := range bytes.Lines(data) {
+		var l logLine
+		if json.Unmarshal(line, &l) != nil || !strings.HasPrefix(l.Message, "{") {
+			continue
+		}
+		var in inode
+		if json.Unmarshal([]byte(l.Message), &in) == nil && in.Fn == "set_xattr" {
+			inodes = append(inodes, in)
+		}
+	}
+	if len(inodes) == 0 && folders[0] == "." {
+		return nil, errors.New("this version of TigrisFS does not tell what it has not uploaded")
+	}
+	return inodes, nil
+}
+
+type logLine struct {
+	Level   string `json:"level"`
+	Message string `json:"message"`
+	Error   string `json:"error"`
+}
+
+// Words implements process.Driver.
+func (driver) Words(line string) string {
+	var l logLine
+	if json.Unmarshal([]byte(line), &l) != nil {
+		return line // usage, or a panic
+	}
+	switch l.Level {
+	case "warn", "error", "fatal", "panic":
+	default:
+		return ""
+	}
+	if l.Error != "" {
+		return l.Message + ": " + l.Error
+	}
+	return l.Message
+}
