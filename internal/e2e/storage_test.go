@@ -632,7 +632,7 @@ func TestCheckpoints(t *testing.T) {
 		// Into a new session.
 		other := id + "-other"
 		t.Cleanup(func() { s.remove(t, other) })
-		s.cli(t, "session", "import", other, "-f", tarFile, "--wait")
+		s.cli(t, "session", "import", other, tarFile, "--create")
 		s.waitState(t, other, cloudcodev1.Session_RUNNING)
 		if got := read(other, "state.txt tree/link"); got != "the second\nin" {
 			t.Errorf("imported: %q", got)
