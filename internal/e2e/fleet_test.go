@@ -48,7 +48,8 @@ type fleet struct {
 	name                  string
 	serverDir, gatewayDir string
 	grpcAddr, httpAddr    string
-	anonymous             bool     // no password
+	anonymous             bool // no password
+	ended                 bool
 	serverEnv             []string // more of the server's environment
 	modelIP               string   // where containers of all its nodes find the model
 
@@ -110,6 +111,7 @@ func freeSubnet(tb testing.TB) (subnet, first string) {
 func newFleet(tb testing.TB, name string) *fleet {
 	tb.Helper()
 	f := &fleet{name: name}
+	work.fleets = append(work.fleets, f)
 	f.grpcAddr, f.httpAddr = "127.0.0.1:"+freePort(tb), "127.0.0.1:"+freePort(tb)
 	dir := filepath.Join(work.dir, name)
 	f.serverDir, f.gatewayDir = filepath.Join(dir, "s"), filepath.Join(dir, "g")
@@ -423,9 +425,10 @@ func (f *fleet) endAfter(t *testing.T) {
 
 // end stops all processes and removes what they made on this machine.
 func (f *fleet) end() error {
-	if f == nil {
+	if f.ended {
 		return nil
 	}
+	f.ended = true
 	var errs []error
 	if f.conn != nil {
 		errs = append(errs, f.conn.Close())
@@ -463,15 +466,21 @@ func (h *nodeHost) teardown() error {
 	return agent.Teardown(ctx, func(string) {})
 }
 
-// sharedFleet is what most tests use: it has the session image.
-var sharedFleet sharedFleetT
+// endFleets ends those that no test has ended: shared ones, and what a failed
+// start left.
+func endFleets() error {
+	var errs []error
+	for _, f := range work.fleets {
+		errs = append(errs, f.end())
+	}
+	return errors.Join(errs...)
+}
 
-type sharedFleetT struct {
+// sharedFleet is what most tests use: it has the session image.
+var sharedFleet struct {
 	once  sync.Once
 	fleet *fleet
 }
-
-func (s *sharedFleetT) end() error { return s.fleet.end() }
 
 // shared returns the fleet that most tests use, whole: a test that kills one of
 // its processes starts it again.

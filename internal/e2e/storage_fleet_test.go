@@ -131,16 +131,6 @@ func pathWithout(t *testing.T, name string) string {
 	return dir
 }
 
-// endStorage ends it after all tests.
-func endStorage() error {
-	if sharedStorage.fleet == nil {
-		return nil
-	}
-	err := sharedStorage.fleet.end()
-	sharedStorage.fleet.store.stop()
-	return err
-}
-
 // on is the selector of one machine.
 func on(h *nodeHost) map[string]string { return map[string]string{"host": filepath.Base(h.nodeDir)} }
 

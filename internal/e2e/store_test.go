@@ -76,6 +76,7 @@ func startStore(tb testing.TB) *store {
 	life := &longTB{TB: tb, dir: dir}
 	server := s3test.Start(life, s3test.Options{AccessLog: true})
 	st := &store{server: server, life: life, proxy: server.Proxy(0)}
+	work.stores = append(work.stores, st)
 	return st.newBucket(tb, "cloudcode")
 }
 
