@@ -23,7 +23,11 @@ import (
 	"google.golang.org/grpc/test/bufconn"
 
 	"github.com/cloudcode-dev/cloudcode/internal/link"
+	"github.com/cloudcode-dev/cloudcode/internal/objstore"
 	"github.com/cloudcode-dev/cloudcode/internal/pki"
+	"github.com/cloudcode-dev/cloudcode/internal/storage"
+	"github.com/cloudcode-dev/cloudcode/nodeagent/checkpoint"
+	"github.com/cloudcode-dev/cloudcode/nodeagent/mount"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/runtime"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/worker"
 	nodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/node/v1"
@@ -63,9 +67,11 @@ type Config struct {
 	// session is looked after; an error ends the start. It may import images.
 	Prepare func(ctx context.Context, r runtime.Runtime) error
 
-	// Runtime and Volumes replace the real ones in tests.
-	Runtime runtime.Runtime
-	Volumes worker.Volumes
+	// Runtime, Volumes, OpenStore and Mounters replace the real ones in tests.
+	Runtime   runtime.Runtime
+	Volumes   worker.Volumes
+	OpenStore func(storage.Config) (objstore.Store, error)
+	Mounters  []mount.Mounter
 }
 
 // Agent is a node daemon.
@@ -90,7 +96,8 @@ type Agent struct {
 	assigned map[string]*nodev1.Assignment
 	gateways map[string]*gatewayLink // by address
 
-	saved savedState
+	saved      savedState
+	dropMounts sync.Once
 }
 
 // gatewayLink is the link to one gateway.
@@ -102,6 +109,9 @@ type gatewayLink struct {
 // failedStartTimeout bounds what follows a start that failed.
 const failedStartTimeout = time.Minute
 
+// lastSaveTimeout bounds the last checkpoints of sessions that end with the daemon.
+const lastSaveTimeout = 20 * time.Second
+
 // New checks the configuration.
 func New(cfg Config) (*Agent, error) {
 	if cfg.Log == nil {
@@ -109,6 +119,9 @@ func New(cfg Config) (*Agent, error) {
 	}
 	if !filepath.IsAbs(cfg.Dir) {
 		return nil, fmt.Errorf("the node's directory must be absolute, not %q", cfg.Dir)
+	}
+	if cfg.OpenStore == nil {
+		cfg.OpenStore = storage.Open
 	}
 	if cfg.NodeID == "" {
 		id, err := HostID()
@@ -160,6 +173,9 @@ func (a *Agent) Start(ctx context.Context) (err error) {
 	a.runtime = a.backend.runtime
 	a.workerCfg = worker.Config{
 		Runtime: a.runtime, Volumes: a.backend.volumes,
+		Storage: checkpoint.New(checkpoint.Config{
+			Node: a.cfg.NodeID, Instance: a.instance, Mounters: a.backend.mounters, OpenStore: a.cfg.OpenStore, Log: a.log,
+		}),
 		LogDir:     a.logDir,
 		RemoveLogs: func(session string) error { return os.RemoveAll(a.logDir(session)) },
 		Report:     a.reports.put, Log: a.log,
@@ -239,6 +255,7 @@ func (a *Agent) Teardown(ctx context.Context, progress func(string)) error {
 	workers := a.workers
 	a.workers = map[string]*worker.Worker{}
 	a.mu.Unlock()
+	a.saveAll(ctx, workers, progress)
 	for _, w := range workers {
 		w.Stop()
 	}
@@ -247,6 +264,26 @@ func (a *Agent) Teardown(ctx context.Context, progress func(string)) error {
 		errs = append(errs, a.backend.teardown(ctx, progress))
 	}
 	return errors.Join(append(errs, a.Stop(ctx))...)
+}
+
+// saveAll makes a last checkpoint of every session that runs. One that cannot be
+// saved now is saved at the next start: its files stay here.
+func (a *Agent) saveAll(ctx context.Context, workers map[string]*worker.Worker, progress func(string)) {
+	ctx, cancel := context.WithTimeout(ctx, lastSaveTimeout)
+	defer cancel()
+	var saving sync.WaitGroup
+	for id, w := range workers {
+		if !w.Stored() {
+			continue
+		}
+		progress("saving session " + id)
+		saving.Go(func() {
+			if _, err := w.Checkpoint(ctx, checkpoint.TriggerStop); err != nil {
+				a.log.Warn("a session could not be saved at the end; it is at the next start", "session", id, "error", err)
+			}
+		})
+	}
+	saving.Wait()
 }
 
 func (a *Agent) logDir(session string) string { return filepath.Join(a.cfg.Dir, "logs", session) }

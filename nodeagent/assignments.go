@@ -78,6 +78,25 @@ func (a *Agent) applyAll(assignments []*nodev1.Assignment) {
 	}
 	a.mu.Unlock()
 	a.apply(assignments, removes)
+	a.dropMounts.Do(func() { a.wg.Go(a.dropOtherMounts) })
+}
+
+// dropOtherMounts ends mounts of sessions that went elsewhere while no daemon was
+// here to be told.
+func (a *Agent) dropOtherMounts() {
+	assigned := func(volume string) bool { // as it is then: more may be mounted by now
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		for _, s := range a.assigned {
+			if worker.VolumeName(s) == volume {
+				return true
+			}
+		}
+		return false
+	}
+	if err := a.workerCfg.Storage.DropOthers(a.ctx, assigned); err != nil {
+		a.log.Warn("cannot end the mounts of sessions that are not this node's", "error", err)
+	}
 }
 
 // own keeps a worker until it has ended. a.mu is held.

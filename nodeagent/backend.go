@@ -12,6 +12,11 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/cloudcode-dev/cloudcode/internal/atomicfile"
+	"github.com/cloudcode-dev/cloudcode/nodeagent/checkpoint"
+	"github.com/cloudcode-dev/cloudcode/nodeagent/mount"
+	"github.com/cloudcode-dev/cloudcode/nodeagent/mount/process"
+	"github.com/cloudcode-dev/cloudcode/nodeagent/mount/rclone"
+	"github.com/cloudcode-dev/cloudcode/nodeagent/mount/tigrisfs"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/runtime"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/runtime/containerd"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/volume"
@@ -26,12 +31,26 @@ const ContainerdAddressFile = "containerd.address"
 // network rules are taken apart then.
 const stopsAtATime = 16
 
+// mounters that a node may have, the better one first.
+var mounters = []struct {
+	name string
+	make func(process.Config) (*process.Mounter, error)
+}{
+	{"tigrisfs", tigrisfs.New},
+	{"rclone", rclone.New},
+}
+
+// unmountTimeout bounds how long a bucket may take to be written to at the end.
+const unmountTimeout = 30 * time.Second
+
 // backend is what the daemon runs sessions with. This file is the only one that
 // knows which.
 type backend struct {
 	runtime runtime.Runtime
 	volumes worker.Volumes
-	version string
+	// mounters of buckets, in the order of preference.
+	mounters []mount.Mounter
+	version  string
 
 	containerd *containerd.Runtime // nil when the runtime was given
 	manager    *volume.Manager     // likewise
@@ -41,7 +60,7 @@ type backend struct {
 
 func startBackend(ctx context.Context, cfg Config, log *slog.Logger) (_ *backend, err error) {
 	if cfg.Runtime != nil {
-		return &backend{runtime: cfg.Runtime, volumes: cfg.Volumes}, nil
+		return &backend{runtime: cfg.Runtime, volumes: cfg.Volumes, mounters: cfg.Mounters}, nil
 	}
 	b := &backend{dir: cfg.Dir}
 	defer func() {
@@ -77,6 +96,13 @@ func startBackend(ctx context.Context, cfg Config, log *slog.Logger) (_ *backend
 	b.runtime, b.version = b.containerd, "containerd "+b.containerd.Version()
 	b.manager = &volume.Manager{Dir: filepath.Join(cfg.Dir, "volumes")}
 	b.volumes = b.manager
+	for _, kind := range mounters {
+		m, err := kind.make(process.Config{Dir: filepath.Join(cfg.Dir, "mounters", kind.name), Log: log})
+		if err != nil {
+			return nil, fmt.Errorf("prepare %s: %w", kind.name, err)
+		}
+		b.mounters = append(b.mounters, m)
+	}
 	if err := atomicfile.Write(filepath.Join(cfg.Dir, ContainerdAddressFile), []byte(address+"\n"), 0o644); err != nil {
 		return nil, err
 	}
@@ -113,6 +139,7 @@ func (b *backend) teardown(ctx context.Context, progress func(string)) error {
 	}
 	_ = stopping.Wait() // the errors are in stopped
 	errs = append(errs, stopped...)
+	errs = append(errs, b.unmount(ctx, progress))
 	if b.containerd != nil {
 		progress("removing the containers' network")
 		errs = append(errs, b.containerd.Cleanup(ctx))
@@ -123,6 +150,33 @@ func (b *backend) teardown(ctx context.Context, progress func(string)) error {
 	if b.daemon != nil {
 		progress("stopping containerd")
 		errs = append(errs, b.daemon.Stop(ctx), os.Remove(filepath.Join(b.dir, ContainerdAddressFile)))
+	}
+	return errors.Join(errs...)
+}
+
+// unmount writes what is left to the buckets and ends their mounters. What cannot
+// be written is said; it is lost.
+func (b *backend) unmount(ctx context.Context, progress func(string)) error {
+	var errs []error
+	if b.manager != nil {
+		volumes, err := b.manager.List(ctx)
+		errs = append(errs, err)
+		for _, v := range volumes {
+			errs = append(errs, checkpoint.Detach(v))
+		}
+	}
+	for _, m := range b.mounters {
+		mounts, err := m.List(ctx)
+		errs = append(errs, err)
+		for _, i := range mounts {
+			progress("unmounting the bucket of " + i.ID)
+			uctx, cancel := context.WithTimeout(ctx, unmountTimeout)
+			err := m.Unmount(uctx, i.ID)
+			cancel()
+			if err != nil {
+				errs = append(errs, fmt.Errorf("bucket of %s: %w", i.ID, err), m.Abandon(ctx, i.ID))
+			}
+		}
 	}
 	return errors.Join(errs...)
 }

@@ -557,13 +557,21 @@ func (s *s3) deleteOne(ctx context.Context, key string) error {
 	})
 }
 
-// Region is the region that requests are signed for, asked of the store if need be.
+// Region is the region that requests are signed for. The store is asked for it only
+// if it is auto, and that is not the region's own name there.
 func Region(ctx context.Context, c Config) (string, error) {
 	s, err := open(c)
 	if err != nil {
 		return "", err
 	}
 	defer s.Close()
+	if !s.auto {
+		cl, err := s.connect(ctx)
+		if err != nil {
+			return "", err
+		}
+		return cl.region, nil
+	}
 	// A listing finds out, also where the store does not tell its region when asked.
 	for _, err := range s.List(ctx, "", "", "") {
 		if err != nil {

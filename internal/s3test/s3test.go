@@ -1,9 +1,9 @@
 // Package s3test runs a real S3 server (versitygw) for tests, and a proxy in front
 // of it that is slow or broken on demand.
 //
-// The server is looked for in PATH, in CLOUDCODE_TOOLS_DIR and in libexec/cloudcode,
-// where `scripts/install-deps.sh test` puts it. Without it tests skip, or fail if
-// CLOUDCODE_REQUIRE_REAL=1.
+// The server is looked for in CLOUDCODE_TOOLS_DIR, in libexec/cloudcode, where
+// `scripts/install-deps.sh test` puts it, and in PATH. Without it tests skip, or fail
+// if CLOUDCODE_REQUIRE_REAL=1.
 package s3test
 
 import (
@@ -101,8 +101,8 @@ func Find(t testing.TB) string {
 	return FindTool(t, binary)
 }
 
-// FindTool looks for a program of tests in PATH, CLOUDCODE_TOOLS_DIR and
-// libexec/cloudcode. Without it the test skips, or fails if CLOUDCODE_REQUIRE_REAL=1.
+// FindTool looks for a program of tests in CLOUDCODE_TOOLS_DIR, libexec/cloudcode
+// (or CLOUDCODE_LIBEXEC_DIR) and PATH. Without it the test skips, or fails if CLOUDCODE_REQUIRE_REAL=1.
 func FindTool(t testing.TB, name string) string {
 	t.Helper()
 	path, ok := LookTool(name)
@@ -119,18 +119,17 @@ func FindTool(t testing.TB, name string) string {
 
 // LookTool is FindTool for tests that can do without.
 func LookTool(name string) (path string, ok bool) {
-	if path, err := exec.LookPath(name); err == nil {
-		if path, err = filepath.Abs(path); err == nil {
-			return path, true
-		}
-	}
 	for _, dir := range []string{os.Getenv("CLOUDCODE_TOOLS_DIR"), os.Getenv("CLOUDCODE_LIBEXEC_DIR"), libexec()} {
 		path := filepath.Join(dir, name)
 		if fi, err := os.Stat(path); dir != "" && err == nil && fi.Mode().IsRegular() && fi.Mode()&0o111 != 0 {
 			return path, true
 		}
 	}
-	return "", false
+	path, err := exec.LookPath(name)
+	if err == nil {
+		path, err = filepath.Abs(path)
+	}
+	return path, err == nil
 }
 
 // libexec of the module that the test is in.

@@ -180,6 +180,24 @@ func TestNothingLandsOutside(t *testing.T) {
 	}
 }
 
+func TestCopy(t *testing.T) {
+	from, dir := newTree(t)
+	to, toDir := newTree(t)
+	must(t, os.MkdirAll(filepath.Join(dir, "a/b"), 0o755))
+	must(t, os.WriteFile(filepath.Join(dir, "a/b/c"), []byte("x"), 0o644))
+	must(t, os.WriteFile(filepath.Join(dir, "a/other"), nil, 0o644))
+	must(t, Copy(t.Context(), from, to, "a/b"))
+	if data, err := os.ReadFile(filepath.Join(toDir, "a/b/c")); string(data) != "x" {
+		t.Errorf("%q, %v", data, err)
+	}
+	if _, err := os.Lstat(filepath.Join(toDir, "a/other")); !errors.Is(err, fs.ErrNotExist) {
+		t.Error("more was copied than asked for")
+	}
+	if err := Copy(t.Context(), from, to, "none"); !errors.Is(err, ErrNotFound) {
+		t.Errorf("nothing there: %v", err)
+	}
+}
+
 func TestExtractReplaces(t *testing.T) {
 	to, dir := newTree(t)
 	outside := filepath.Join(t.TempDir(), "outside")

@@ -11,6 +11,7 @@ import (
 	"path"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -202,4 +203,21 @@ func (t Tree) makeAll(rel string) error {
 		}
 	}
 	return nil
+}
+
+// Copy copies the folder rel of one tree to the same place in another.
+func Copy(ctx context.Context, from, to Tree, rel string) error {
+	if _, err := from.Root.Lstat(rel); err != nil {
+		return notFound(rel, err)
+	}
+	r, w := io.Pipe()
+	var writing sync.WaitGroup
+	writing.Go(func() { w.CloseWithError(from.Write(ctx, rel, w)) })
+	_, _, err := to.Extract(ctx, path.Dir(rel), r)
+	if err == nil { // what is behind the archive's end
+		_, err = io.Copy(io.Discard, r)
+	}
+	r.CloseWithError(err)
+	writing.Wait()
+	return err
 }

@@ -217,3 +217,26 @@ func readFrames(r io.Reader, fn func(data []byte)) error {
 	}
 	return io.ErrUnexpectedEOF
 }
+
+// ChatStatus returns what an event says of whether a chat is at work; ok is false
+// for all other events. A chat that waits for an answer or tries again is busy.
+func ChatStatus(e Event) (chat string, busy, ok bool) {
+	if e.Type != "session.status" && e.Type != "session.idle" {
+		return "", false, false
+	}
+	var f struct {
+		Payload struct {
+			Properties struct {
+				SessionID string `json:"sessionID"`
+				Status    struct {
+					Type string `json:"type"`
+				} `json:"status"`
+			} `json:"properties"`
+		} `json:"payload"`
+	}
+	if json.Unmarshal(e.Frame, &f) != nil || f.Payload.Properties.SessionID == "" {
+		return "", false, false
+	}
+	busy = e.Type == "session.status" && f.Payload.Properties.Status.Type != "idle"
+	return f.Payload.Properties.SessionID, busy, true
+}

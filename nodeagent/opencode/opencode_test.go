@@ -63,3 +63,24 @@ func FuzzReadFrames(f *testing.F) {
 		})
 	})
 }
+
+func TestChatStatus(t *testing.T) {
+	for _, c := range []struct {
+		kind, frame string
+		chat        string
+		busy, ok    bool
+	}{
+		{"session.status", `{"payload":{"properties":{"sessionID":"ses_1","status":{"type":"busy"}}}}`, "ses_1", true, true},
+		{"session.status", `{"payload":{"properties":{"sessionID":"ses_1","status":{"type":"retry","attempt":2}}}}`, "ses_1", true, true},
+		{"session.status", `{"payload":{"properties":{"sessionID":"ses_1","status":{"type":"idle"}}}}`, "ses_1", false, true},
+		{"session.idle", `{"payload":{"properties":{"sessionID":"ses_1"}}}`, "ses_1", false, true},
+		{"session.updated", `{"payload":{"properties":{"sessionID":"ses_1"}}}`, "", false, false},
+		{"session.status", `{"payload":{"properties":{}}}`, "", false, false},
+		{"session.status", `no JSON`, "", false, false},
+	} {
+		chat, busy, ok := ChatStatus(Event{Type: c.kind, Frame: []byte(c.frame)})
+		if chat != c.chat || busy != c.busy || ok != c.ok {
+			t.Errorf("%s %s: %q %v %v", c.kind, c.frame, chat, busy, ok)
+		}
+	}
+}

@@ -7,6 +7,10 @@ import (
 
 	"github.com/docker/go-units"
 
+	ckpt "github.com/cloudcode-dev/cloudcode/internal/checkpoint"
+	"github.com/cloudcode-dev/cloudcode/internal/objstore"
+	"github.com/cloudcode-dev/cloudcode/nodeagent/checkpoint"
+	"github.com/cloudcode-dev/cloudcode/nodeagent/mount"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/runtime"
 	nodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/node/v1"
 )
@@ -25,6 +29,19 @@ const (
 	ReasonStartFailed        = "START_FAILED"
 	ReasonDeleteFailed       = "DELETE_FAILED"
 	ReasonWorkspaceMissing   = "WORKSPACE_MISSING"
+
+	ReasonFenced             = "FENCED"
+	ReasonStorageUnreachable = "STORAGE_UNREACHABLE"
+	ReasonStorageDenied      = "STORAGE_DENIED"
+	ReasonStorageNoBucket    = "STORAGE_NO_BUCKET"
+	ReasonStorageRegion      = "STORAGE_WRONG_REGION"
+	ReasonStorageUnsupported = "STORAGE_UNSUPPORTED"
+	ReasonCheckpointDamaged  = "CHECKPOINT_DAMAGED"
+	ReasonCheckpointMissing  = "CHECKPOINT_NOT_FOUND"
+	ReasonCheckpointKey      = "WRONG_ENCRYPTION_KEY"
+	ReasonNoMounter          = "NO_MOUNTER"
+	ReasonMountFailed        = "MOUNT_FAILED"
+	ReasonNotFlushed         = "NOT_FLUSHED"
 )
 
 var (
@@ -59,6 +76,30 @@ func classify(err error) (reason, advice string, permanent bool) {
 		return ReasonExited, "cloudcode session logs shows why", false
 	case errors.Is(err, errNoWorkspace):
 		return ReasonWorkspaceMissing, "bring the node's old disk back, or delete the session", true
+	case errors.Is(err, checkpoint.ErrFenced):
+		return ReasonFenced, "nothing is to be done here", true
+	case errors.Is(err, ckpt.ErrDamaged):
+		return ReasonCheckpointDamaged, "an earlier checkpoint still restores (cloudcode session checkpoints, then session restore --at)", true
+	case errors.Is(err, ckpt.ErrKey):
+		return ReasonCheckpointKey, "give the server the encryption key that the bucket's checkpoints were made with", true
+	case errors.Is(err, ckpt.ErrNotFound):
+		return ReasonCheckpointMissing, "cloudcode session checkpoints lists those that are there", true
+	case errors.Is(err, checkpoint.ErrNoMounter):
+		return ReasonNoMounter, "install TigrisFS or rclone and fuse3 on the node, or place the session on another with a node selector", true
+	case errors.Is(err, mount.ErrNotFlushed):
+		return ReasonNotFlushed, "", false
+	case errors.Is(err, mount.ErrFailed):
+		return ReasonMountFailed, "", false
+	case errors.Is(err, objstore.ErrUnavailable):
+		return ReasonStorageUnreachable, "the session goes on when the object store answers", false
+	case errors.Is(err, objstore.ErrDenied):
+		return ReasonStorageDenied, "mend the keys of the storage profile or of the session", true
+	case errors.Is(err, objstore.ErrNoBucket):
+		return ReasonStorageNoBucket, "make the bucket, or bring it back", true
+	case errors.Is(err, objstore.ErrRegion):
+		return ReasonStorageRegion, "mend the region of the storage profile or of the session", true
+	case errors.Is(err, objstore.ErrUnsupported):
+		return ReasonStorageUnsupported, "", true
 	case errors.Is(err, errNotReady):
 		return ReasonNotReady, "cloudcode session logs shows why", false
 	case errors.Is(err, runtime.ErrImageNotFound):
@@ -96,8 +137,14 @@ func (w *Worker) failed(a *nodev1.Assignment, err error, failures int) {
 		if permanent || failures >= failedAfter {
 			s.State = nodev1.SessionStatus_FAILED
 		}
-		if a.GetDesiredState() == nodev1.Assignment_DELETE {
+		switch a.GetDesiredState() {
+		case nodev1.Assignment_DELETE:
 			reason = ReasonDeleteFailed
+			if a.GetStorage() != nil {
+				message += "; to delete it without saving what changed last, delete it again with --purge, which deletes its storage, too"
+			}
+		case nodev1.Assignment_SUSPEND:
+			s.State = nodev1.SessionStatus_SUSPENDING
 		}
 		s.Reason = reason
 		s.Message = fmt.Sprintf("%s (try %d; next in %v)", message, failures, wait)

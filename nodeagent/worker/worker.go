@@ -18,6 +18,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/cloudcode-dev/cloudcode/internal/container"
+	"github.com/cloudcode-dev/cloudcode/nodeagent/checkpoint"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/opencode"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/ring"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/runtime"
@@ -50,9 +51,9 @@ type Volumes interface {
 	Remove(ctx context.Context, name string) error
 }
 
-// volumeName is the session's folder: a later session with the same id must not
+// VolumeName is the session's folder: a later session with the same id must not
 // find the files of an earlier one.
-func volumeName(a *nodev1.Assignment) string {
+func VolumeName(a *nodev1.Assignment) string {
 	return a.GetSessionId() + "-" + strings.ReplaceAll(a.GetSessionUid(), "-", "")[:8]
 }
 
@@ -60,6 +61,8 @@ func volumeName(a *nodev1.Assignment) string {
 type Config struct {
 	Runtime runtime.Runtime
 	Volumes Volumes
+	// Storage keeps sessions in object storage.
+	Storage *checkpoint.Manager
 	// LogDir returns the folder for a session's logs; RemoveLogs removes it.
 	LogDir     func(session string) string
 	RemoveLogs func(session string) error
@@ -85,8 +88,10 @@ type Worker struct {
 	target  *nodev1.Assignment // nil: no longer this node's
 	changed chan struct{}      // closed and replaced when target changes
 	status  *nodev1.SessionStatus
-	ended   bool               // Assign has no effect any more
-	serving *nodev1.Assignment // what the running container belongs to; nil while none runs
+	ended   bool                // Assign has no effect any more
+	serving *nodev1.Assignment  // what the running container belongs to; nil while none runs
+	kept    *checkpoint.Session // while the container runs; nil without object storage
+	last    *nodev1.Assignment  // the newest that was not nil: whose files are here
 }
 
 // Start makes a worker for an assignment and runs it until Stop. adopt says that
@@ -148,13 +153,17 @@ func (w *Worker) Assign(a *nodev1.Assignment) bool {
 }
 
 // sameTask says whether a worker has the same to do. That a session has a
-// workspace by now is no news to the worker that made it.
+// workspace by now, or has been restored, is no news to the worker that did it, and
+// labels are read when they are needed.
 func sameTask(a, b *nodev1.Assignment) bool {
-	if a == nil || b == nil || a.GetHasWorkspace() == b.GetHasWorkspace() {
-		return proto.Equal(a, b)
+	if a == nil || b == nil {
+		return a == b
 	}
 	b = proto.CloneOf(b)
-	b.HasWorkspace = a.GetHasWorkspace()
+	b.HasWorkspace, b.Labels = a.GetHasWorkspace(), a.GetLabels()
+	if b.GetRestoreCheckpoint() == "" && a.GetGeneration() == b.GetGeneration() {
+		b.RestoreCheckpoint = a.GetRestoreCheckpoint()
+	}
 	return proto.Equal(a, b)
 }
 
@@ -237,6 +246,10 @@ func (w *Worker) report(a *nodev1.Assignment, set func(*nodev1.SessionStatus)) {
 	next := &nodev1.SessionStatus{SessionId: w.session, SessionUid: a.GetSessionUid(), Generation: a.GetGeneration()}
 	if old := w.status; old != nil && old.GetGeneration() == a.GetGeneration() {
 		next.RestartCount, next.OpencodeVersion, next.ReadyTime = old.GetRestartCount(), old.GetOpencodeVersion(), old.GetReadyTime()
+		next.Storage = old.GetStorage()
+	}
+	if w.kept != nil {
+		next.Storage = w.kept.Status()
 	}
 	set(next)
 	// Errors may quote anything; what is no UTF-8 could not be sent, and would hold
@@ -252,6 +265,9 @@ func (w *Worker) run(ctx context.Context, adopt bool) {
 	var served *nodev1.Assignment // ran until it was replaced; nil after anything else
 	for ctx.Err() == nil {
 		a, changed := w.current()
+		if a != nil {
+			w.last = a
+		}
 		adopt = adopt || served != nil && sameContainer(served, a)
 		served = nil
 		// Whatever ends with the assignment has this context.
@@ -271,6 +287,8 @@ func (w *Worker) run(ctx context.Context, adopt bool) {
 			err = w.detach(ctx)
 		case a.GetDesiredState() == nodev1.Assignment_DELETE:
 			err = w.remove(ctx, actx, a)
+		case a.GetDesiredState() == nodev1.Assignment_SUSPEND:
+			err = w.suspend(ctx, actx, a)
 		default:
 			var ran time.Duration
 			ran, err = w.keepRunning(actx, a, adopt, failures)
@@ -307,16 +325,24 @@ var errReassigned = errors.New("assignment changed")
 // sameContainer says whether the container that runs for one assignment becomes
 // that of another in place: nobody is to be told that it starts.
 func sameContainer(a, b *nodev1.Assignment) bool {
-	if b == nil || b.GetDesiredState() != nodev1.Assignment_RUN || a.GetOpencodePassword() != b.GetOpencodePassword() {
+	if b == nil || b.GetDesiredState() != nodev1.Assignment_RUN || a.GetOpencodePassword() != b.GetOpencodePassword() ||
+		b.GetRestoreCheckpoint() != "" || !samePlace(a.GetStorage(), b.GetStorage()) {
 		return false
 	}
 	bare := func(a *nodev1.Assignment) *cloudcodev1.SessionSpec {
 		s := proto.CloneOf(a.GetSpec())
-		s.NodeSelector = nil
+		s.NodeSelector, s.Storage = nil, nil
 		s.Resources = &cloudcodev1.Resources{DiskBytes: s.GetResources().GetDiskBytes()}
 		return s
 	}
 	return proto.Equal(bare(a), bare(b))
+}
+
+// samePlace says whether two are the same folder of a bucket in the same mode;
+// other keys to it need no other container.
+func samePlace(a, b *nodev1.AssignedStorage) bool {
+	return a.GetMode() == b.GetMode() && a.GetEndpoint() == b.GetEndpoint() && a.GetBucket() == b.GetBucket() &&
+		a.GetRoot() == b.GetRoot() && a.GetPrefix() == b.GetPrefix()
 }
 
 // backoff before try number failures+1.
@@ -341,19 +367,30 @@ func (w *Worker) keepRunning(actx context.Context, a *nodev1.Assignment, adopt b
 	if !adopt {
 		starting("placed", "on this node", 0, 0)
 	}
-	if there, err := w.cfg.Volumes.Exists(volumeName(a)); err != nil {
+	if there, err := w.cfg.Volumes.Exists(VolumeName(a)); err != nil {
 		return 0, err
-	} else if !there && a.GetHasWorkspace() {
+	} else if !there && a.GetHasWorkspace() && a.GetStorage() == nil {
 		return 0, errNoWorkspace
 	}
-	vol, err := w.cfg.Volumes.Ensure(actx, volumeName(a), a.GetSpec().GetResources().GetDiskBytes())
+	vol, err := w.cfg.Volumes.Ensure(actx, VolumeName(a), a.GetSpec().GetResources().GetDiskBytes())
 	if err != nil {
 		return 0, err
 	}
-	spec := w.spec(a, vol)
-	inst, err := w.cfg.Runtime.Ensure(actx, spec, &runtime.Hooks{Progress: func(p runtime.Progress) {
-		starting(string(p.Phase), p.Detail, p.Current, p.Total)
-	}})
+	hooks := &runtime.Hooks{Progress: func(p runtime.Progress) { starting(string(p.Phase), p.Detail, p.Current, p.Total) }}
+	mounts := []runtime.Mount{{Source: vol.S3Dir, Destination: container.StorageDir, Propagated: true}}
+	var kept *checkpoint.Session
+	storageNews := make(chan struct{}, 1) // holds one: the storage's status has changed
+	if a.GetStorage() != nil {
+		if kept, err = w.cfg.Storage.Open(actx, w.storageParams(a, vol, adopt, starting, storageNews)); err != nil {
+			return 0, err
+		}
+		defer kept.Close()
+		w.setKept(kept)
+		defer w.setKept(nil)
+		mounts, hooks.Creating, hooks.Created = kept.Mounts(), kept.Detach, kept.Attach
+	}
+	spec := w.spec(a, vol, mounts)
+	inst, err := w.cfg.Runtime.Ensure(actx, spec, hooks)
 	if err != nil {
 		return 0, err
 	}
@@ -373,8 +410,20 @@ func (w *Worker) keepRunning(actx context.Context, a *nodev1.Assignment, adopt b
 		}
 		cancel()
 	})
+	fenced := make(chan error, 1)
+	if kept != nil {
+		watch.Go(func() {
+			if err := kept.Run(wctx); errors.Is(err, checkpoint.ErrFenced) {
+				fenced <- errors.Join(err, w.fence(actx, kept))
+				cancel()
+			}
+		})
+		watch.Go(func() { w.reportStorage(wctx, a, storageNews) })
+	}
 	ended := func() error {
 		select {
+		case err := <-fenced:
+			return err
 		case exit := <-exited:
 			return &exitError{exit: exit, limit: spec.Resources.MemoryBytes}
 		case err := <-waitFailed:
@@ -406,7 +455,10 @@ func (w *Worker) keepRunning(actx context.Context, a *nodev1.Assignment, adopt b
 	// Nothing is let in before its events are listened to. An OpenCode whose event
 	// stream does not work is let in all the same, a little later.
 	listening := make(chan struct{})
-	watch.Go(func() { w.watchEvents(wctx, a, oc, sync.OnceFunc(func() { close(listening) })) })
+	if kept != nil {
+		kept.SetVersion(version)
+	}
+	watch.Go(func() { w.watchEvents(wctx, a, oc, kept, sync.OnceFunc(func() { close(listening) })) })
 	select {
 	case <-listening:
 	case <-time.After(listenTimeout):
@@ -442,7 +494,7 @@ func boolInt(b bool) int32 {
 }
 
 // spec of the session's container.
-func (w *Worker) spec(a *nodev1.Assignment, vol volume.Volume) runtime.Spec {
+func (w *Worker) spec(a *nodev1.Assignment, vol volume.Volume, mounts []runtime.Mount) runtime.Spec {
 	s := a.GetSpec()
 	env := maps.Clone(s.GetEnv())
 	if env == nil {
@@ -459,7 +511,7 @@ func (w *Worker) spec(a *nodev1.Assignment, vol volume.Volume) runtime.Spec {
 			MemoryBytes: s.GetResources().GetMemoryBytes(),
 			PIDs:        s.GetResources().GetPids(),
 		},
-		Mounts:     []runtime.Mount{{Source: vol.S3Dir, Destination: container.StorageDir, Propagated: true}},
+		Mounts:     mounts,
 		IDBase:     vol.IDBase,
 		ScratchDir: vol.ScratchDir,
 		LogDir:     w.cfg.LogDir(w.session),
@@ -468,7 +520,7 @@ func (w *Worker) spec(a *nodev1.Assignment, vol volume.Volume) runtime.Spec {
 
 // watchEvents reads OpenCode's event stream into the ring until ctx ends.
 // listening is called each time the stream stands.
-func (w *Worker) watchEvents(ctx context.Context, a *nodev1.Assignment, oc *opencode.Client, listening func()) {
+func (w *Worker) watchEvents(ctx context.Context, a *nodev1.Assignment, oc *opencode.Client, kept *checkpoint.Session, listening func()) {
 	const first, longest = 50 * time.Millisecond, 5 * time.Second
 	wait := first
 	var lostSince time.Time // zero while connected
@@ -484,8 +536,14 @@ func (w *Worker) watchEvents(ctx context.Context, a *nodev1.Assignment, oc *open
 				w.report(a, func(s *nodev1.SessionStatus) { s.State = nodev1.SessionStatus_RUNNING })
 			}
 			seen, wait, lostSince = true, first, time.Time{}
+			if kept != nil {
+				kept.Listening()
+			}
 			listening()
 		}, func(e opencode.Event) {
+			if kept != nil {
+				defer kept.Event(e) // behind the event itself: what it says is saved follows it
+			}
 			w.events.Append(ring.Event{Generation: a.GetGeneration(), Time: time.Now(), Type: e.Type, Directory: e.Directory, Frame: e.Frame})
 		})
 		if ctx.Err() != nil {
@@ -508,30 +566,4 @@ func (w *Worker) watchEvents(ctx context.Context, a *nodev1.Assignment, oc *open
 		}
 		wait = min(2*wait, longest)
 	}
-}
-
-// detach stops the container of a session that is no longer this node's.
-func (w *Worker) detach(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, cleanTimeout)
-	defer cancel()
-	return w.cfg.Runtime.Stop(ctx, w.session, stopGrace)
-}
-
-// remove stops the session and removes all of it, reports that it is gone, and
-// waits for the next assignment.
-func (w *Worker) remove(ctx, actx context.Context, a *nodev1.Assignment) error {
-	cctx, cancel := context.WithTimeout(ctx, cleanTimeout)
-	defer cancel()
-	if err := w.cfg.Runtime.Stop(cctx, w.session, stopGrace); err != nil {
-		return err
-	}
-	if err := w.cfg.Volumes.Remove(cctx, volumeName(a)); err != nil {
-		return err
-	}
-	if err := w.cfg.RemoveLogs(w.session); err != nil {
-		return err
-	}
-	w.report(a, func(s *nodev1.SessionStatus) { s.State = nodev1.SessionStatus_GONE })
-	<-actx.Done()
-	return nil
 }

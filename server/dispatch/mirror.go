@@ -43,7 +43,7 @@ func (p placed) same(o placed) bool {
 	// The spec with its keys, the password and what is restored change with the
 	// generation only; keys of a profile when the server starts.
 	return p.session.UID == o.session.UID && a.Node == b.Node && a.Generation == b.Generation &&
-		a.Delete == b.Delete && a.Suspend == b.Suspend && maps.Equal(p.session.Labels, o.session.Labels)
+		a.Delete == b.Delete && a.Suspend == b.Suspend && p.session.Purge == o.session.Purge && maps.Equal(p.session.Labels, o.session.Labels)
 }
 
 func (p placed) node() string {
@@ -69,7 +69,7 @@ func (p placed) proto(storage Storage) *nodev1.Assignment {
 		// Where it was ready once, its workspace is: on this node, or else in its
 		// object storage.
 		HasWorkspace: !p.session.ReadyTime.IsZero(),
-		Labels:       maps.Clone(p.session.Labels), RestoreCheckpoint: a.RestoreCheckpoint,
+		Labels:       maps.Clone(p.session.Labels), RestoreCheckpoint: a.RestoreCheckpoint, PurgeStorage: p.session.Purge,
 	}
 	if a.Spec.Storage.Remote() {
 		out.Storage = storage.Assigned(a.Spec.Storage)

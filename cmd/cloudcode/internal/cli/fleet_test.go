@@ -56,6 +56,7 @@ func TestMain(m *testing.M) {
 type fleet struct {
 	cloudcodev1.UnimplementedSessionServiceServer
 	cloudcodev1.UnimplementedNodeServiceServer
+	cloudcodev1.UnimplementedStorageServiceServer
 
 	t        *testing.T
 	dir      string
@@ -73,12 +74,28 @@ type fleet struct {
 	creates  []*cloudcodev1.CreateSessionRequest
 	updates  []*cloudcodev1.UpdateSessionRequest
 	after    []string // of each watch
+	deletes  []*cloudcodev1.DeleteSessionRequest
+	forks    []*cloudcodev1.ForkSessionRequest
+	restores []*cloudcodev1.RestoreSessionRequest
+	reads    []*cloudcodev1.ReadArchiveRequest
+	recovers []*cloudcodev1.RecoverSessionsRequest
+	profiles []*cloudcodev1.StorageProfile
+	saved    []*cloudcodev1.Checkpoint
+	stored   []*cloudcodev1.StoredSession
+	files    string // /root/s3 of every session, on this machine
 
-	onCreate func(*cloudcodev1.CreateSessionRequest) (*cloudcodev1.Session, error)
-	onUpdate func(*cloudcodev1.UpdateSessionRequest) error
-	onDelete func(*cloudcodev1.DeleteSessionRequest) (*cloudcodev1.Session, error)
-	onWatch  func(*cloudcodev1.WatchSessionEventsRequest, grpc.ServerStreamingServer[cloudcodev1.SessionEvent]) error
-	onLogs   func(*cloudcodev1.ReadSessionLogsRequest, grpc.ServerStreamingServer[cloudcodev1.LogEntry]) error
+	onCreate  func(*cloudcodev1.CreateSessionRequest) (*cloudcodev1.Session, error)
+	onUpdate  func(*cloudcodev1.UpdateSessionRequest) error
+	onDelete  func(*cloudcodev1.DeleteSessionRequest) (*cloudcodev1.Session, error)
+	onWatch   func(*cloudcodev1.WatchSessionEventsRequest, grpc.ServerStreamingServer[cloudcodev1.SessionEvent]) error
+	onSuspend func(*cloudcodev1.Session) (*cloudcodev1.Session, error)
+	onResume  func(*cloudcodev1.Session) (*cloudcodev1.Session, error)
+	onRestore func(*cloudcodev1.RestoreSessionRequest) (*cloudcodev1.Session, error)
+	onFork    func(*cloudcodev1.ForkSessionRequest) (*cloudcodev1.Session, error)
+	onRecover func(*cloudcodev1.RecoverSessionsRequest) (*cloudcodev1.RecoverSessionsResponse, error)
+	onRead    func(*cloudcodev1.ReadArchiveRequest, archiveOut) error
+	onWrite   func(archiveIn) error
+	onLogs    func(*cloudcodev1.ReadSessionLogsRequest, grpc.ServerStreamingServer[cloudcodev1.LogEntry]) error
 }
 
 // newFleet starts a server and leaves what one leaves in its data directory.
@@ -132,6 +149,7 @@ func (f *fleet) start(address string) {
 		}))
 	cloudcodev1.RegisterSessionServiceServer(f.server, f)
 	cloudcodev1.RegisterNodeServiceServer(f.server, f)
+	cloudcodev1.RegisterStorageServiceServer(f.server, f)
 	server := f.server
 	f.served.Go(func() { _ = server.Serve(lis) })
 }
@@ -243,6 +261,9 @@ func (f *fleet) UpdateSession(_ context.Context, req *cloudcodev1.UpdateSessionR
 }
 
 func (f *fleet) DeleteSession(_ context.Context, req *cloudcodev1.DeleteSessionRequest) (*cloudcodev1.Session, error) {
+	f.mu.Lock()
+	f.deletes = append(f.deletes, proto.CloneOf(req))
+	f.mu.Unlock()
 	if f.onDelete != nil {
 		return f.onDelete(req)
 	}

@@ -207,8 +207,12 @@ without touching the session, fork it.`,
 					return err
 				}
 				if wait {
-					// What ran before still does for a moment.
-					return c.waitAndPrint(cmd, s, timeout, starting{waking: true, generation: before.GetGeneration() + 1})
+					how := starting{waking: true}
+					// What ran before may still be seen for a moment.
+					if s.GetState() != cloudcodev1.Session_RUNNING {
+						how.generation = before.GetGeneration() + 1
+					}
+					return c.waitAndPrint(cmd, s, timeout, how)
 				}
 				return printDone(cmd, s, "is being restored")
 			})

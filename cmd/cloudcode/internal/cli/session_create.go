@@ -250,7 +250,12 @@ func startFailed(s *cloudcodev1.Session) error {
 	if w := why(s); w != "" {
 		e.Msg += ": " + w
 	}
-	if e.Hint = reasonHints[s.GetReason()]; e.Hint == "" && s.GetNode() != "" {
+	e.Hint = reasonHints[s.GetReason()]
+	switch {
+	case e.Hint != "":
+	case s.GetState() == cloudcodev1.Session_SUSPENDED || s.GetState() == cloudcodev1.Session_SUSPENDING:
+		e.Hint = "start it with `cloudcode session resume " + id + "`"
+	case s.GetNode() != "":
 		e.Hint = "see `cloudcode session logs " + id + "`"
 	}
 	return e

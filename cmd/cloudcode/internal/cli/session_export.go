@@ -1,8 +1,11 @@
 package cli
 
 import (
+	"archive/tar"
 	"bufio"
+	"bytes"
 	"compress/gzip"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -82,24 +85,22 @@ in it. "cloudcode session import" takes it in.`,
 }
 
 func newSessionImportCmd() *cobra.Command {
-	var create bool
+	var file string
+	var wait bool
 	var timeout time.Duration
 	cmd := &cobra.Command{
-		Use:   "import ID FILE",
+		Use:   "import ID",
 		Short: "Unpack a tar archive of a session into a session",
-		Long: `Unpack an archive that "cloudcode session export" has made (- is stdin; gzip is
-fine) into /root/s3 of a session that runs. Files of the same name are replaced,
-others stay. With --create the session is made first if it does not exist; to have
-it with other limits or storage, create it yourself before.`,
-		Example: `  cloudcode session import copy main.tar --create
-  zstd -dc main.tar.zst | cloudcode session import main -`,
-		Args: args(cobra.ExactArgs(2)),
-		ValidArgsFunction: func(cmd *cobra.Command, given []string, word string) ([]cobra.Completion, cobra.ShellCompDirective) {
-			if len(given) == 1 {
-				return nil, cobra.ShellCompDirectiveDefault
-			}
-			return completeSessions(1)(cmd, given, word)
-		},
+		Long: `Unpack an archive that "cloudcode session export" has made (gzip is fine, too) into
+/root/s3 of a session. Files of the same name are replaced, others stay.
+
+A session that does not exist is created first, with the server's defaults; to have
+it with other limits or storage, create it yourself before. One that starts is
+waited for; one that is suspended has to be resumed.`,
+		Example: `  cloudcode session import copy -f main.tar
+  zstd -dc main.tar.zst | cloudcode session import copy`,
+		Args:              args(cobra.ExactArgs(1)),
+		ValidArgsFunction: completeSessions(1),
 		RunE: func(cmd *cobra.Command, a []string) error {
 			name, err := sessionName(a[0])
 			if err != nil {
@@ -109,36 +110,40 @@ it with other limits or storage, create it yourself before.`,
 				return err
 			}
 			archive, size := cmd.InOrStdin(), int64(0)
-			if a[1] != "-" {
-				f, err := os.Open(a[1])
+			if file != "-" {
+				f, err := os.Open(file)
 				if err != nil {
 					return usagef("%w", err)
 				}
 				defer f.Close()
 				info, err := f.Stat()
 				if err != nil || info.IsDir() {
-					return usagef("%s is no archive; to copy a folder, see `cloudcode session cp`", a[1])
+					return usagef("%s is no archive; to copy a folder, see `cloudcode session cp`", file)
 				}
 				archive, size = f, info.Size()
 			} else if interactive(archive) {
-				return usagef("there is no archive on stdin; pipe one in, or name a file")
+				return usagef("there is no archive on stdin; pipe one in, or name a file with -f")
 			}
 			return withClient(cmd, func(c *client) error {
-				if create {
-					if err := c.ensureRunning(cmd, name, timeout); err != nil {
-						return err
-					}
-				}
-				shown, clear := transfer(cmd, archive, "importing "+a[1], size)
+				shown, clear := transfer(cmd, archive, "importing into "+idOf(name), size)
 				defer clear()
-				src, err := gunzipped(shown)
+				src, err := openTar(shown, file)
 				if err != nil {
+					return err
+				}
+				clear()
+				if err := c.ensureRunning(cmd, name, timeout); err != nil {
 					return err
 				}
 				resp, err := c.writeArchive(cmd.Context(), name, "", src)
 				clear()
 				if err != nil {
 					return err
+				}
+				if wait {
+					if err := c.ensureRunning(cmd, name, timeout); err != nil {
+						return err
+					}
 				}
 				switch out := cmd.OutOrStdout(); outputOf(cmd) {
 				case formatJSON:
@@ -153,9 +158,11 @@ it with other limits or storage, create it yourself before.`,
 		},
 	}
 	f := cmd.Flags()
-	f.BoolVar(&create, "create", false, "make the session first if it does not exist, and wait until it is ready")
-	f.DurationVar(&timeout, "timeout", 10*time.Minute, "how long --create waits")
-	SetEnvName(f, "create", "")
+	f.StringVarP(&file, "file", "f", "-", "read `FILE`; - is stdin")
+	f.BoolVarP(&wait, "wait", "w", false, "return when the session is ready with what was imported")
+	f.DurationVar(&timeout, "timeout", 10*time.Minute, "how long the session is waited for")
+	SetEnvName(f, "file", "")
+	_ = cmd.MarkFlagFilename("file", "tar", "gz", "tgz")
 	return cmd
 }
 
@@ -166,6 +173,9 @@ func (c *client) ensureRunning(cmd *cobra.Command, name string, timeout time.Dur
 		s, err = c.createSession(cmd.Context(), &cloudcodev1.CreateSessionRequest{
 			SessionId: idOf(name), Session: &cloudcodev1.Session{Spec: &cloudcodev1.SessionSpec{}},
 		})
+		if err == nil {
+			fmt.Fprintf(cmd.ErrOrStderr(), "session %s created\n", idOf(name))
+		}
 	}
 	if err != nil || s.GetState() == cloudcodev1.Session_RUNNING {
 		return err
@@ -177,19 +187,24 @@ func (c *client) ensureRunning(cmd *cobra.Command, name string, timeout time.Dur
 	return err
 }
 
-// gunzipped returns the archive itself of one that is compressed with gzip.
-func gunzipped(r io.Reader) (io.Reader, error) {
+// openTar returns a tar archive, also of one that is compressed with gzip. What is
+// none is refused before anything is done.
+func openTar(r io.Reader, file string) (io.Reader, error) {
 	br := bufio.NewReaderSize(r, archiveChunk)
-	magic, err := br.Peek(2)
-	if err != nil && err != io.EOF {
-		return nil, err
+	if magic, _ := br.Peek(2); string(magic) == "\x1f\x8b" {
+		z, err := gzip.NewReader(br)
+		if err != nil {
+			return nil, usagef("%s: %w", file, err)
+		}
+		br = bufio.NewReaderSize(z, archiveChunk)
 	}
-	if len(magic) < 2 || magic[0] != 0x1f || magic[1] != 0x8b {
-		return br, nil
+	head, err := br.Peek(512)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return nil, fmt.Errorf("read %s: %w", file, err)
 	}
-	z, err := gzip.NewReader(br)
-	if err != nil {
-		return nil, usagef("the archive is not gzip as it seemed: %w", err)
+	_, err = tar.NewReader(bytes.NewReader(head)).Next()
+	if len(head) < 512 || errors.Is(err, tar.ErrHeader) {
+		return nil, usagef("%s is no tar archive", file)
 	}
-	return z, nil
+	return br, nil
 }

@@ -1,0 +1,269 @@
+package checkpoint
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/cloudcode-dev/cloudcode/internal/objstore"
+)
+
+// Owner of a session: who may write its checkpoints.
+type Owner struct {
+	SessionID, SessionUID string
+	Node, Instance        string
+	Generation            uint64
+}
+
+func (o Owner) String() string {
+	return fmt.Sprintf("generation %d of session %s on node %s", o.Generation, o.SessionID, o.Node)
+}
+
+// Head says who owns a session, and which checkpoint is its newest.
+type Head struct {
+	Owner      Owner
+	Manifest   string // "" before the first checkpoint
+	Restored   string // Meta.Restored of that checkpoint
+	DeleteTime time.Time
+	Time       time.Time // when it was written
+	Released   bool      // its owner is done: any other may take it
+
+	etag string
+}
+
+type headJSON struct {
+	Version    int        `json:"version"`
+	Owner      ownerJSON  `json:"owner"`
+	Manifest   string     `json:"manifest,omitempty"`
+	Restored   string     `json:"restored,omitempty"`
+	DeleteTime *time.Time `json:"delete_time,omitempty"`
+	Time       time.Time  `json:"time"`
+	Released   bool       `json:"released,omitempty"`
+	// Write makes each text of a head one of its kind: who lost the answer to a
+	// write can tell whether what is there is its own.
+	Write string `json:"write"`
+}
+
+const (
+	headVersion = 1
+	maxHead     = 64 << 10
+)
+
+func encodeHead(h Head) []byte {
+	var nonce [8]byte
+	rand.Read(nonce[:])
+	j := headJSON{
+		Version: headVersion, Owner: ownerJSON(h.Owner), Manifest: h.Manifest, Restored: h.Restored,
+		Time: h.Time.UTC(), Released: h.Released, Write: hex.EncodeToString(nonce[:]),
+	}
+	if !h.DeleteTime.IsZero() {
+		t := h.DeleteTime.UTC()
+		j.DeleteTime = &t
+	}
+	b, err := json.MarshalIndent(j, "", "  ")
+	if err != nil {
+		panic(err) // a year beyond 9999
+	}
+	return append(b, '\n')
+}
+
+func decodeHead(text []byte) (Head, error) {
+	if len(text) > maxHead {
+		return Head{}, fmt.Errorf("%w: %d bytes", ErrDamaged, len(text))
+	}
+	d := json.NewDecoder(bytes.NewReader(text))
+	d.DisallowUnknownFields()
+	var j headJSON
+	if err := d.Decode(&j); err != nil {
+		return Head{}, fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
+	if _, err := d.Token(); !errors.Is(err, io.EOF) {
+		return Head{}, fmt.Errorf("%w: text behind its end", ErrDamaged)
+	}
+	if j.Version != headVersion {
+		return Head{}, fmt.Errorf("%w: version %d is not known here: use a newer cloudcode", ErrDamaged, j.Version)
+	}
+	if j.Manifest != "" && !manifestID.MatchString(j.Manifest) {
+		return Head{}, fmt.Errorf("%w: %q is no checkpoint", ErrDamaged, j.Manifest)
+	}
+	h := Head{Owner: Owner(j.Owner), Manifest: j.Manifest, Restored: j.Restored, Time: j.Time, Released: j.Released}
+	if j.DeleteTime != nil {
+		h.DeleteTime = *j.DeleteTime
+	}
+	return h, nil
+}
+
+// Head of the session. Returns ErrNotFound if nothing ever was here.
+func (s *Session) Head(ctx context.Context) (Head, error) {
+	h, _, err := s.head(ctx)
+	return h, err
+}
+
+func (s *Session) head(ctx context.Context) (Head, []byte, error) {
+	if s.err != nil {
+		return Head{}, nil, s.err
+	}
+	text, o, err := s.r.store.Get(ctx, s.headKey())
+	if errors.Is(err, objstore.ErrNotFound) {
+		return Head{}, nil, fmt.Errorf("%w: there are none of %q", ErrNotFound, s.prefix)
+	}
+	if err != nil {
+		return Head{}, nil, fmt.Errorf("read head of %q: %w", s.prefix, err)
+	}
+	h, err := decodeHead(text)
+	if err != nil {
+		return Head{}, nil, fmt.Errorf("%s: %w", s.headKey(), err)
+	}
+	h.etag = o.ETag
+	return h, text, nil
+}
+
+// write replaces the head that was read as from (zero: there is none) by to. If the
+// answer is lost it looks: errLost means that somebody else's head is there.
+func (s *Session) write(ctx context.Context, from, to Head) (Head, error) {
+	to.Time = time.Now()
+	text := encodeHead(to)
+	opts := objstore.PutOptions{IfMatch: from.etag, IfNoneMatch: from.etag == "", ContentType: "application/json"}
+	o, err := s.r.store.Put(ctx, s.headKey(), text, opts)
+	if err == nil {
+		to.etag = o.ETag
+		return to, nil
+	}
+	if !errors.Is(err, objstore.ErrPrecondition) && !errors.Is(err, objstore.ErrUnavailable) && !errors.Is(err, objstore.ErrNotFound) {
+		return Head{}, fmt.Errorf("write head of %q: %w", s.prefix, err)
+	}
+	there, now, lookErr := s.head(ctx)
+	switch {
+	case lookErr == nil && bytes.Equal(now, text):
+		return there, nil
+	case lookErr == nil && there.etag != from.etag:
+		return there, errLost
+	case errors.Is(lookErr, ErrNotFound) && from.etag != "":
+		return Head{}, errLost
+	}
+	return Head{}, fmt.Errorf("write head of %q: %w", s.prefix, err)
+}
+
+var errLost = errors.New("the head is another")
+
+// headTries bounds how often a head is read again because it changed meanwhile.
+const headTries = 4
+
+// update reads the head and writes what change makes of it, until nobody comes
+// between. change may return an error, which ends it, or false for no change.
+func (s *Session) update(ctx context.Context, change func(h *Head, exists bool) (bool, error)) (Head, error) {
+	for range headTries {
+		from, err := s.Head(ctx)
+		if err != nil && !errors.Is(err, ErrNotFound) || s.err != nil {
+			return Head{}, err
+		}
+		to := from
+		write, err := change(&to, err == nil)
+		if err != nil || !write {
+			return from, err
+		}
+		to, err = s.write(ctx, from, to)
+		if !errors.Is(err, errLost) {
+			return to, err
+		}
+	}
+	return Head{}, fmt.Errorf("%w: the head of %q changes all the time", objstore.ErrUnavailable, s.prefix)
+}
+
+// Acquire makes o the owner: it makes the head or takes it over. Returns ErrFenced
+// if a newer generation has it, or another owner of the same one.
+//
+// A session that is made anew on an old prefix has another uid. It gets a head that
+// was released whatever its generation; one that was not (its fleet is gone) only
+// with a higher generation: see Head.
+func (s *Session) Acquire(ctx context.Context, o Owner) (Head, error) {
+	return s.update(ctx, func(h *Head, exists bool) (bool, error) {
+		if exists {
+			if h.Owner == o && !h.Released && h.DeleteTime.IsZero() {
+				return false, nil
+			}
+			if err := mayTake(*h, o); err != nil {
+				return false, err
+			}
+		}
+		h.Owner, h.Released, h.DeleteTime = o, false, time.Time{}
+		return true, nil
+	})
+}
+
+func mayTake(h Head, o Owner) error {
+	switch {
+	case h.Owner == o, o.Generation > h.Owner.Generation:
+		return nil
+	case h.Released && (o.SessionUID != h.Owner.SessionUID || o.Generation == h.Owner.Generation):
+		return nil
+	}
+	return fmt.Errorf("%w: %s has it since %s, and this is %s", ErrFenced, h.Owner, h.Time.UTC().Format(time.RFC3339), o)
+}
+
+// Verify returns ErrFenced unless o is still the owner.
+func (s *Session) Verify(ctx context.Context, o Owner) error {
+	h, err := s.Head(ctx)
+	if errors.Is(err, ErrNotFound) {
+		return fmt.Errorf("%w: the head of %q was removed", ErrFenced, s.prefix)
+	}
+	if err != nil {
+		return err
+	}
+	return s.owns(h, o)
+}
+
+func (s *Session) owns(h Head, o Owner) error {
+	if h.Owner != o {
+		return fmt.Errorf("%w: %q has %s, and this is %s", ErrFenced, s.prefix, h.Owner, o)
+	}
+	return nil
+}
+
+// Release says that o is done with the session, and whether the session itself was
+// deleted. The checkpoints stay. Returns ErrFenced.
+func (s *Session) Release(ctx context.Context, o Owner, deleted bool) error {
+	_, err := s.update(ctx, func(h *Head, exists bool) (bool, error) {
+		if !exists {
+			return false, fmt.Errorf("%w: the head of %q was removed", ErrFenced, s.prefix)
+		}
+		if err := s.owns(*h, o); err != nil {
+			return false, err
+		}
+		if h.Released && !h.DeleteTime.IsZero() == deleted {
+			return false, nil
+		}
+		h.Released = true
+		if deleted && h.DeleteTime.IsZero() {
+			h.DeleteTime = time.Now()
+		}
+		return true, nil
+	})
+	return err
+}
+
+// move makes manifest the newest of what o owns. h is the head as last seen.
+func (s *Session) move(ctx context.Context, h Head, o Owner, manifest, restored string) (Head, error) {
+	for range headTries {
+		to := h
+		to.Manifest, to.Restored, to.Released = manifest, restored, false
+		now, err := s.write(ctx, h, to)
+		if !errors.Is(err, errLost) {
+			return now, err
+		}
+		if now.etag == "" {
+			return Head{}, fmt.Errorf("%w: the head of %q was removed", ErrFenced, s.prefix)
+		}
+		if err := s.owns(now, o); err != nil {
+			return now, err
+		}
+		h = now // an own write that came late
+	}
+	return Head{}, fmt.Errorf("%w: the head of %q changes all the time", objstore.ErrUnavailable, s.prefix)
+}

@@ -1,0 +1,269 @@
+package checkpoint
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/cloudcode-dev/cloudcode/internal/container"
+	"github.com/cloudcode-dev/cloudcode/internal/storage"
+	"github.com/cloudcode-dev/cloudcode/nodeagent/archive"
+	"github.com/cloudcode-dev/cloudcode/nodeagent/mount"
+	"github.com/cloudcode-dev/cloudcode/nodeagent/runtime"
+	"github.com/cloudcode-dev/cloudcode/nodeagent/volume"
+	cloudcodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/v1"
+)
+
+const (
+	attachTimeout  = 30 * time.Second
+	abandonTimeout = 10 * time.Second
+	// seedTimeout bounds the copy of OpenCode's data out of a bucket that the original
+	// project wrote.
+	seedTimeout = 10 * time.Minute
+)
+
+func (s *Session) mountMode() bool {
+	return s.a.GetStorage().GetMode() == cloudcodev1.Storage_MOUNT
+}
+
+// id of the session's mount: also unique among sessions that had the same name.
+func mountID(v volume.Volume) string { return v.Session }
+
+func (s *Session) mountSpec() mount.Spec {
+	st, v := s.a.GetStorage(), s.p.Volume
+	args := ""
+	if s.mounter.Name() == "tigrisfs" {
+		args = st.GetTigrisfsArgs()
+	}
+	return mount.Spec{
+		ID: mountID(v), Point: v.MountDir,
+		Endpoint: st.GetEndpoint(), Bucket: st.GetBucket(), AccessKeyID: st.GetAccessKeyId(), SecretAccessKey: st.GetSecretAccessKey(),
+		Region: st.GetRegion(), PathStyle: st.GetPathStyle(), Prefix: storage.Join(st.GetRoot(), st.GetPrefix()),
+		Args: args, UID: v.IDBase, GID: v.IDBase, LogPath: filepath.Join(v.StateDir, "mounter.log"),
+	}
+}
+
+// mountBucket mounts the session's folder of the bucket and has it looked after.
+// In SNAPSHOT mode it is an extra: what is wrong with it is said, and the session runs.
+func (s *Session) mountBucket(ctx context.Context) error {
+	var missing []error
+	for _, m := range s.m.cfg.Mounters {
+		if _, err := m.Version(ctx); err != nil {
+			missing = append(missing, err)
+			continue
+		}
+		s.mounter = m
+		break
+	}
+	if s.mounter == nil {
+		err := fmt.Errorf("%w: %w", ErrNoMounter, errors.Join(missing...))
+		if s.mountMode() {
+			return err
+		}
+		s.setStatus(func(st *cloudcodev1.StorageStatus) {
+			st.Message = "there is no /root/s3/" + BucketDir + ": neither TigrisFS nor rclone is installed on the node; checkpoints do not need it"
+		})
+		return nil
+	}
+	if s.p.Ending {
+		return nil
+	}
+	s.p.Progress("mount", "mounting the bucket with "+s.mounter.Name(), 0, 0)
+	s.setStatus(func(st *cloudcodev1.StorageStatus) { st.Mounter = s.mounter.Name() })
+	if err := s.mounter.Mount(ctx, s.mountSpec()); err != nil {
+		if s.mountMode() {
+			return err
+		}
+		s.mountChanged(cloudcodev1.StorageStatus_MOUNT_FAILED, err)
+	} else {
+		s.mountChanged(cloudcodev1.StorageStatus_MOUNTED, nil)
+	}
+	if s.mountMode() {
+		if err := s.seed(ctx); err != nil {
+			return err
+		}
+	}
+	s.supervise()
+	return nil
+}
+
+// mountChanged puts the state of the mount into the status.
+func (s *Session) mountChanged(state cloudcodev1.StorageStatus_MountState, err error) {
+	s.setStatus(func(st *cloudcodev1.StorageStatus) {
+		st.MountState = state
+		switch {
+		case err != nil && st.GetUnsavedSince() == nil:
+			st.Message = "the bucket's mount: " + err.Error()
+		case err == nil && st.GetUnsavedSince() == nil:
+			st.Message = ""
+		}
+	})
+}
+
+// seed brings OpenCode's data out of a bucket that the original project wrote,
+// where it lay on the mount.
+func (s *Session) seed(ctx context.Context) error {
+	v := s.p.Volume
+	done := filepath.Join(v.StateDir, "seeded")
+	if _, err := os.Stat(done); err == nil || !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	for _, dir := range localDirs {
+		entries, err := os.ReadDir(filepath.Join(v.S3Dir, dir))
+		if err != nil {
+			return err
+		}
+		if len(entries) > 0 { // from a checkpoint, or from earlier
+			return os.WriteFile(done, nil, 0o600)
+		}
+	}
+	ctx, cancel := context.WithTimeout(ctx, seedTimeout)
+	defer cancel()
+	for _, dir := range localDirs {
+		if err := copyTree(ctx, v, dir); err != nil {
+			return fmt.Errorf("copying %s out of the bucket: %w", dir, err)
+		}
+	}
+	return os.WriteFile(done, nil, 0o600)
+}
+
+// copyTree copies a folder of the mount to the local tree.
+func copyTree(ctx context.Context, v volume.Volume, dir string) error {
+	from, err := os.OpenRoot(v.MountDir)
+	if err != nil {
+		return err
+	}
+	defer from.Close()
+	to, err := os.OpenRoot(v.S3Dir)
+	if err != nil {
+		return err
+	}
+	defer to.Close()
+	err = archive.Copy(ctx, archive.Tree{Root: from, IDBase: v.IDBase}, archive.Tree{Root: to, IDBase: v.IDBase}, dir)
+	if errors.Is(err, archive.ErrNotFound) {
+		return nil
+	}
+	return err
+}
+
+// Mounts of the session's container.
+func (s *Session) Mounts() []runtime.Mount {
+	source := s.p.Volume.S3Dir
+	if s.mountMode() {
+		source = s.p.Volume.RootDir
+	}
+	return []runtime.Mount{{Source: source, Destination: container.StorageDir, Propagated: true}}
+}
+
+// point is where the container sees the bucket, on the host; empty if it does not.
+func (s *Session) point() string {
+	switch v := s.p.Volume; {
+	case s.mounter == nil:
+		return ""
+	case s.mountMode():
+		return v.RootDir
+	default:
+		return filepath.Join(v.S3Dir, BucketDir)
+	}
+}
+
+// Detach makes the container's folder bare: for runtime.Hooks.Creating. A
+// container that is made while the bucket is mounted there would have that very
+// mount for good.
+func (s *Session) Detach(context.Context) error {
+	if s.mountMode() {
+		// Nothing is ever written here: what is seen while nothing is mounted.
+		if err := os.Mkdir(s.p.Volume.RootDir, 0o555); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+	}
+	if s.point() == "" {
+		return nil
+	}
+	return mount.Detach(s.point())
+}
+
+// Attach shows the container the bucket: for runtime.Hooks.Created, and after a
+// remount.
+func (s *Session) Attach(ctx context.Context) error {
+	if s.point() == "" {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, attachTimeout)
+	defer cancel()
+	v := s.p.Volume
+	var over []mount.Bind
+	if s.mountMode() {
+		for _, dir := range localDirs {
+			over = append(over, mount.Bind{Source: filepath.Join(v.S3Dir, dir), Target: dir})
+		}
+	} else if err := makeOwned(s.point(), v.IDBase); err != nil {
+		return err
+	}
+	if s.a.GetStorage().GetPrefix() == "" {
+		// Checkpoints of all sessions lie in this one's folder: not for its eyes.
+		over = append(over, mount.Bind{Target: storage.StateDir})
+	}
+	err := mount.AttachTree(ctx, v.MountDir, s.point(), over)
+	if err != nil && !s.mountMode() {
+		s.mountChanged(cloudcodev1.StorageStatus_MOUNT_FAILED, err)
+		return nil
+	}
+	return err
+}
+
+func (s *Session) unmountBucket(ctx context.Context) error {
+	s.stopSupervising()
+	if s.mounter == nil {
+		return nil
+	}
+	if err := mount.Detach(s.point()); err != nil {
+		return err
+	}
+	return s.mounter.Unmount(ctx, mountID(s.p.Volume))
+}
+
+func (s *Session) abandonBucket(ctx context.Context) error {
+	if s.mounter == nil {
+		return nil
+	}
+	// The mounter first: it writes once more when it is unmounted.
+	return errors.Join(s.mounter.Abandon(ctx, mountID(s.p.Volume)), mount.Detach(s.point()))
+}
+
+// Drop ends the mount of a volume whose session is no longer this node's, without
+// writing anything.
+func (m *Manager) Drop(ctx context.Context, v volume.Volume) error {
+	ctx, cancel := context.WithTimeout(ctx, abandonTimeout)
+	defer cancel()
+	var errs []error
+	for _, mounter := range m.cfg.Mounters {
+		errs = append(errs, mounter.Abandon(ctx, mountID(v)))
+	}
+	return errors.Join(append(errs, Detach(v))...)
+}
+
+// Detach takes a volume's bucket away from where containers see it.
+func Detach(v volume.Volume) error {
+	return errors.Join(mount.Detach(v.RootDir), mount.Detach(filepath.Join(v.S3Dir, BucketDir)))
+}
+
+// DropOthers ends the mounts of volumes that keep does not know: their sessions
+// went elsewhere while this daemon was away.
+func (m *Manager) DropOthers(ctx context.Context, keep func(volume string) bool) error {
+	var errs []error
+	for _, mounter := range m.cfg.Mounters {
+		mounts, err := mounter.List(ctx)
+		errs = append(errs, err)
+		for _, i := range mounts {
+			if !keep(i.ID) {
+				errs = append(errs, mounter.Abandon(ctx, i.ID))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}

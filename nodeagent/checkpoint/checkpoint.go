@@ -1,0 +1,529 @@
+// Package checkpoint keeps sessions of this node in object storage: it takes them
+// over, brings their files here, mounts their buckets, saves them while they run,
+// and lets go of them when another node has taken over.
+//
+// On the node a session's volume has
+//
+//	data/s3/    the local tree: what checkpoints hold. In SNAPSHOT mode it is
+//	            /root/s3; in MOUNT mode OpenCode's data alone
+//	mnt/        the bucket's folder, by the mounter
+//	root/       MOUNT mode: what the container has as /root/s3. mnt/ is bound
+//	            here, and OpenCode's data over it
+//	state/      of which generation the local tree is, and what the writer of
+//	            checkpoints remembers
+package checkpoint
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/cloudcode-dev/cloudcode/internal/atomicfile"
+	"github.com/cloudcode-dev/cloudcode/internal/checkpoint"
+	"github.com/cloudcode-dev/cloudcode/internal/objstore"
+	"github.com/cloudcode-dev/cloudcode/internal/storage"
+	"github.com/cloudcode-dev/cloudcode/nodeagent/mount"
+	"github.com/cloudcode-dev/cloudcode/nodeagent/volume"
+	nodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/node/v1"
+	cloudcodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/v1"
+)
+
+// Errors of this package; those of the object store and of checkpoints pass through.
+var (
+	// ErrFenced: another node has taken the session over.
+	ErrFenced = checkpoint.ErrFenced
+	// ErrNoMounter: the session's mode needs a mounter, and none is installed.
+	ErrNoMounter = errors.New("no mounter is installed on this node")
+)
+
+// Triggers of a checkpoint, as the API names them.
+const (
+	TriggerTurn    = "turn"
+	TriggerBusy    = "busy"
+	TriggerChange  = "change"
+	TriggerSuspend = "suspend"
+	TriggerStop    = "stop"
+	TriggerManual  = "manual"
+	TriggerRestore = "restore"
+	TriggerStart   = "start"
+)
+
+// TypeCheckpointed is the type of the event in a session's ring that says that
+// all before it is saved. Its frame is a cloudcode.v1.Checkpoint in JSON.
+const TypeCheckpointed = "cloudcode.checkpointed"
+
+// BucketDir is where SNAPSHOT mode shows the bucket, below /root/s3.
+const BucketDir = "bucket"
+
+// Folders of OpenCode that are local in MOUNT mode: its database and state do not
+// survive on a bucket.
+var localDirs = []string{".opencode/data", ".opencode/state"}
+
+// takeoverWait is how long a new owner in MOUNT mode waits before it mounts, when
+// the one before has not let go: that one looks at the mark every checkInterval,
+// and stops writing.
+const (
+	checkInterval = 5 * time.Second
+	takeoverWait  = 2*checkInterval + 5*time.Second
+)
+
+// Config of a Manager.
+type Config struct {
+	Node     string
+	Instance string // random, as old as the node's data
+	Mounters []mount.Mounter
+	// OpenStore opens the bucket; the caller closes it if it can be.
+	OpenStore func(storage.Config) (objstore.Store, error)
+	Log       *slog.Logger
+}
+
+// Manager opens sessions. It has no state of its own.
+type Manager struct{ cfg Config }
+
+// New returns a Manager.
+func New(cfg Config) *Manager { return &Manager{cfg: cfg} }
+
+// Params of Open.
+type Params struct {
+	Assignment *nodev1.Assignment // with storage
+	Volume     volume.Volume
+	// Adopt says that the session's container runs, and that this node had the
+	// session until now: then an object store that is away does not end it.
+	Adopt bool
+	// Ending says that the session is only to be finished: nothing is mounted for it.
+	Ending bool
+	// Stop ends the session's container if there is one: called before its files
+	// are replaced.
+	Stop func(context.Context) error
+	// Freeze freezes the container and returns what thaws it. Without a running
+	// container both do nothing.
+	Freeze func(context.Context) (thaw func() error, err error)
+	// Labels of the session as they are now.
+	Labels func() map[string]string
+	// Changed is told that Status has something new; it must not block.
+	Changed func()
+	// Checkpointed is told of a checkpoint after a chat's turn.
+	Checkpointed func(*cloudcodev1.Checkpoint)
+	// Progress of Open.
+	Progress func(phase, detail string, current, total int64)
+}
+
+// mark says of which owner the local tree is. It is written before the head is
+// taken and again once the tree is as the head says, so that after a crash in
+// between it is known whether the local tree or the head is newer.
+type mark struct {
+	UID       string `json:"uid"`
+	Instance  string `json:"instance"`
+	Acquired  uint64 `json:"acquired"`            // generation; 0: the tree is not whole
+	Acquiring uint64 `json:"acquiring"`           // generation that was on its way
+	Restoring string `json:"restoring,omitempty"` // restore that has begun to replace the tree
+}
+
+const markFile = "owner.json"
+
+func loadMark(dir string) (mark, error) {
+	var m mark
+	data, err := os.ReadFile(filepath.Join(dir, markFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return m, nil
+	}
+	if err != nil {
+		return m, err
+	}
+	if json.Unmarshal(data, &m) != nil {
+		return mark{}, nil // then the head decides, as on another node
+	}
+	return m, nil
+}
+
+func (m mark) save(dir string) error {
+	data, err := json.Marshal(m)
+	if err != nil {
+		return err
+	}
+	return atomicfile.Write(filepath.Join(dir, markFile), data, 0o600)
+}
+
+// Session is one session in object storage, on this node. Open makes it; Run
+// saves it for as long as its container runs.
+type Session struct {
+	m       *Manager
+	p       Params
+	a       *nodev1.Assignment
+	owner   checkpoint.Owner
+	store   objstore.Store
+	repo    *checkpoint.Session
+	mounter mount.Mounter // nil: nothing is mounted
+	log     *slog.Logger
+
+	requests chan request
+	activity activity
+
+	mu      sync.Mutex
+	status  *cloudcodev1.StorageStatus
+	version string // of OpenCode
+
+	// Used by Open, then by Run's loop, and by Finish after it.
+	acquired bool  // the head says that the session is this owner's
+	away     error // why it does not yet
+	writer   *checkpoint.Writer
+	look     time.Duration // that it took to find that nothing has changed
+	restored string        // to be noted in the head; empty: what is there stays
+
+}
+
+type request struct {
+	trigger string
+	done    chan result
+}
+
+type result struct {
+	info checkpoint.Info
+	err  error
+}
+
+// Open takes the session over for the assignment's generation, brings its files
+// here if they are not, and mounts its bucket. Where this daemon or the one before
+// has done so for this generation already, it needs no object store: a session
+// outlives an outage of that. Returns ErrFenced, ErrNoMounter, and classes of
+// packages objstore, checkpoint and mount.
+func (m *Manager) Open(ctx context.Context, p Params) (_ *Session, err error) {
+	a := p.Assignment
+	s := &Session{
+		m: m, p: p, a: a, log: m.cfg.Log.With("session", a.GetSessionId()),
+		owner: checkpoint.Owner{
+			SessionID: a.GetSessionId(), SessionUID: a.GetSessionUid(),
+			Node: m.cfg.Node, Instance: m.cfg.Instance, Generation: uint64(a.GetGeneration()),
+		},
+		requests: make(chan request),
+		status:   &cloudcodev1.StorageStatus{Mode: a.GetStorage().GetMode(), Persistent: true, Uri: uri(a.GetStorage())},
+	}
+	cfg := StorageConfig(a.GetStorage())
+	if s.store, err = m.cfg.OpenStore(cfg); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			s.closeStore()
+		}
+	}()
+	repo, err := checkpoint.Open(s.store, "", cfg.EncryptionKey) // the store's keys are below the root
+	if err != nil {
+		return nil, err
+	}
+	s.repo = repo.Session(a.GetStorage().GetPrefix())
+	if err := os.MkdirAll(p.Volume.StateDir, 0o700); err != nil {
+		return nil, err
+	}
+	if err := s.takeOver(ctx); err != nil {
+		return nil, err
+	}
+	if err := s.mountBucket(ctx); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+// StorageConfig of an assignment's storage.
+func StorageConfig(st *nodev1.AssignedStorage) storage.Config {
+	return storage.Config{
+		Endpoint: st.GetEndpoint(), Bucket: st.GetBucket(), AccessKeyID: st.GetAccessKeyId(), SecretAccessKey: st.GetSecretAccessKey(),
+		Region: st.GetRegion(), PathStyle: st.GetPathStyle(), Root: st.GetRoot(), TigrisFSArgs: st.GetTigrisfsArgs(), EncryptionKey: st.GetEncryptionKey(),
+	}
+}
+
+func uri(st *nodev1.AssignedStorage) string {
+	return "s3://" + strings.TrimSuffix(st.GetBucket()+"/"+storage.Join(st.GetRoot(), st.GetPrefix()), "/")
+}
+
+// record is the session as its manifests keep it: enough to create it
+// anew, without keys.
+func (s *Session) record() ([]byte, error) {
+	a := s.a
+	spec := proto.CloneOf(a.GetSpec())
+	if s3 := spec.GetStorage().GetS3(); s3 != nil {
+		s3.AccessKeyId, s3.SecretAccessKey = "", ""
+	}
+	return protojson.Marshal(&cloudcodev1.Session{
+		Name: "sessions/" + a.GetSessionId(), Uid: a.GetSessionUid(), Labels: s.p.Labels(), Spec: spec,
+	})
+}
+
+// takeOver makes this node the session's owner and the local tree what the newest
+// checkpoint, or this node's own newer work, says.
+func (s *Session) takeOver(ctx context.Context) error {
+	dir := s.p.Volume.StateDir
+	was, err := loadMark(dir)
+	if err != nil {
+		return err
+	}
+	ours := was.UID == s.owner.SessionUID && was.Instance == s.owner.Instance
+	if ours && was.Acquired == s.owner.Generation {
+		s.acquired = true
+		return nil
+	}
+	head, err := s.repo.Head(ctx)
+	fresh := errors.Is(err, checkpoint.ErrNotFound)
+	if errors.Is(err, objstore.ErrUnavailable) && s.p.Adopt && ours && was.Acquired != 0 && s.a.GetRestoreCheckpoint() == "" {
+		s.log.Warn("the object store is away: the session goes on, and is taken over for its new generation later", "error", err)
+		s.away = err
+		return nil
+	}
+	if err != nil && !fresh {
+		return err
+	}
+	// Whether the local tree has all that the head's owner has ever had.
+	newest := ours && was.Acquired != 0 && !fresh && head.Owner.SessionUID == s.owner.SessionUID &&
+		head.Owner.Node == s.owner.Node && head.Owner.Instance == s.owner.Instance &&
+		(head.Owner.Generation == was.Acquired || head.Owner.Generation == was.Acquiring)
+	next := mark{UID: s.owner.SessionUID, Instance: s.owner.Instance, Acquiring: s.owner.Generation, Restoring: was.Restoring}
+	if newest {
+		next.Acquired = was.Acquired
+	}
+	if err := next.save(dir); err != nil {
+		return err
+	}
+	if _, err := s.repo.Acquire(ctx, s.owner); err != nil {
+		return err
+	}
+	s.acquired = true
+	if !newest {
+		if err := s.bring(ctx, head, fresh); err != nil {
+			return err
+		}
+		if s.due(head) { // there is nothing here that the restore would have to save
+			next.Restoring = s.wanted()
+		}
+	}
+	if err := s.restore(ctx, head, &next); err != nil {
+		return err
+	}
+	next.Acquired, next.Acquiring, next.Restoring = s.owner.Generation, 0, ""
+	return next.save(dir)
+}
+
+// bring makes the local tree that of the head. What was here before is of an
+// older owner: what that had not saved yet is put aside and not deleted.
+func (s *Session) bring(ctx context.Context, head checkpoint.Head, fresh bool) error {
+	if err := s.p.Stop(ctx); err != nil {
+		return err
+	}
+	// Ours by now means that this was begun before, and perhaps not waited out.
+	if !fresh && !head.Released && s.a.GetStorage().GetMode() == cloudcodev1.Storage_MOUNT {
+		s.p.Progress("mount", "waiting until the node before has let go of the bucket", 0, 0)
+		select {
+		case <-time.After(takeoverWait):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		// It may have moved the head once more before it saw who has it.
+		if err := s.repo.Verify(ctx, s.owner); err != nil {
+			return err
+		}
+	}
+	if err := s.setAside(); err != nil {
+		return err
+	}
+	if fresh || head.Manifest == "" || s.due(head) {
+		return s.makeTree()
+	}
+	if err := s.fetch(ctx, head.Manifest); err != nil {
+		return err
+	}
+	return s.putInPlace()
+}
+
+// next is where a checkpoint is brought to, beside the local tree.
+func (s *Session) next() string { return filepath.Join(filepath.Dir(s.p.Volume.S3Dir), "next") }
+
+// fetch brings a checkpoint's tree here, beside the local one.
+func (s *Session) fetch(ctx context.Context, manifest string) error {
+	v := s.p.Volume
+	if err := os.RemoveAll(s.next()); err != nil {
+		return err
+	}
+	s.p.Progress("restore", "fetching checkpoint "+manifest, 0, 0)
+	_, err := s.repo.Restore(ctx, manifest, checkpoint.RestoreOptions{
+		Dir: s.next(), IDBase: v.IDBase,
+		Progress: func(done, total int64) { s.p.Progress("restore", "fetching checkpoint "+manifest, done, total) },
+	})
+	if err != nil {
+		return fmt.Errorf("fetching checkpoint %s: %w", manifest, err)
+	}
+	return nil
+}
+
+// putInPlace makes what was fetched the local tree. Its place is empty.
+func (s *Session) putInPlace() error {
+	if err := os.Rename(s.next(), s.p.Volume.S3Dir); err != nil {
+		return err
+	}
+	return s.makeTree()
+}
+
+// aside is where setAside moves the local tree.
+func (s *Session) aside() string { return filepath.Join(filepath.Dir(s.p.Volume.S3Dir), "aside") }
+
+// setAside empties the place of the local tree. A tree with anything in it is
+// kept under another name until the volume is removed, or the next one is set aside.
+func (s *Session) setAside() error {
+	v := s.p.Volume
+	aside := s.aside()
+	entries, err := os.ReadDir(v.S3Dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if len(entries) > 0 {
+		if err := os.RemoveAll(aside); err != nil {
+			return err
+		}
+		s.log.Warn("the session's files here are older than its newest checkpoint: putting them aside", "folder", aside)
+		return os.Rename(v.S3Dir, aside)
+	}
+	if err := os.Remove(v.S3Dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// makeTree makes the folders that the local tree has at least.
+func (s *Session) makeTree() error {
+	v := s.p.Volume
+	dirs := []string{"."}
+	if s.a.GetStorage().GetMode() == cloudcodev1.Storage_MOUNT {
+		dirs = append(dirs, ".opencode")
+		dirs = append(dirs, localDirs...)
+	}
+	for _, d := range dirs {
+		if err := makeOwned(filepath.Join(v.S3Dir, d), v.IDBase); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// makeOwned makes a folder of the container's root. Its parents are ours.
+func makeOwned(path string, id uint32) error {
+	err := os.Mkdir(path, 0o755)
+	if errors.Is(err, fs.ErrExist) {
+		return nil
+	}
+	if err == nil {
+		err = os.Chmod(path, 0o755)
+	}
+	if err == nil {
+		err = os.Lchown(path, int(id), int(id))
+	}
+	return err
+}
+
+// wanted names the restore that the assignment asks for.
+func (s *Session) wanted() string {
+	return fmt.Sprintf("%d/%s", s.a.GetGeneration(), s.a.GetRestoreCheckpoint())
+}
+
+// due says whether the assignment asks for a restore that was not done yet. What
+// the head names is not needed then: it may be what is damaged.
+func (s *Session) due(head checkpoint.Head) bool {
+	return s.a.GetRestoreCheckpoint() != "" && head.Restored != s.wanted()
+}
+
+// restore takes the session back to the checkpoint that the assignment names,
+// unless that was done. What was until then is saved first.
+func (s *Session) restore(ctx context.Context, head checkpoint.Head, m *mark) error {
+	if !s.due(head) {
+		return nil
+	}
+	id, want := s.a.GetRestoreCheckpoint(), s.wanted()
+	if err := s.p.Stop(ctx); err != nil {
+		return err
+	}
+	if m.Restoring != want { // else the tree is half of both
+		s.p.Progress("checkpoint", "saving the session as it is before it is taken back", 0, 0)
+		if _, err := s.save(ctx, TriggerRestore, nil); err != nil {
+			return fmt.Errorf("saving the session before it is taken back: %w", err)
+		}
+	}
+	// Whatever is wrong with the checkpoint, until here the session is as it was.
+	if err := s.fetch(ctx, id); err != nil {
+		return err
+	}
+	m.Restoring = want
+	if err := m.save(s.p.Volume.StateDir); err != nil {
+		return err
+	}
+	s.closeWriter() // its base is another tree from here on
+	if err := s.setAside(); err != nil {
+		return err
+	}
+	if err := s.putInPlace(); err != nil {
+		return err
+	}
+	s.restored = want
+	if _, err := s.save(ctx, TriggerRestore, nil); err != nil {
+		return err
+	}
+	return os.RemoveAll(s.aside()) // it was saved
+}
+
+func (s *Session) closeStore() {
+	if c, ok := s.store.(interface{ Close() error }); ok {
+		if err := c.Close(); err != nil {
+			s.log.Debug("closing the object store", "error", err)
+		}
+	}
+}
+
+// SetVersion tells of OpenCode's version, for manifests.
+func (s *Session) SetVersion(v string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.version = v
+}
+
+// Status of the session's storage; the caller's own copy.
+func (s *Session) Status() *cloudcodev1.StorageStatus {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return proto.CloneOf(s.status)
+}
+
+// setStatus changes the status and tells of it if that changed something.
+func (s *Session) setStatus(change func(*cloudcodev1.StorageStatus)) {
+	s.mu.Lock()
+	before := proto.CloneOf(s.status)
+	change(s.status)
+	same := proto.Equal(before, s.status)
+	s.mu.Unlock()
+	if !same {
+		s.p.Changed()
+	}
+}
+
+// Proto returns a checkpoint as the API shows it.
+func Proto(i checkpoint.Info) *cloudcodev1.Checkpoint {
+	return &cloudcodev1.Checkpoint{
+		Id: i.ID, CreateTime: timestamppb.New(i.Time), Trigger: i.Meta.Trigger, Files: i.Files, Bytes: i.Bytes,
+		UploadedBytes: i.UploadedBytes, OpencodeVersion: i.Meta.OpenCodeVersion, Generation: int64(i.Generation),
+		Node: "nodes/" + i.Node, Notes: i.Notes,
+	}
+}
+
+// Holds says whether the volume has files of the session that may be newer than
+// its newest checkpoint.
+func (m *Manager) Holds(v volume.Volume, a *nodev1.Assignment) (bool, error) {
+	was, err := loadMark(v.StateDir)
+	return was.UID == a.GetSessionUid() && was.Instance == m.cfg.Instance && was.Acquired != 0, err
+}

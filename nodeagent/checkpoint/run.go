@@ -1,0 +1,305 @@
+package checkpoint
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path"
+	"strings"
+	"time"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/cloudcode-dev/cloudcode/internal/checkpoint"
+	"github.com/cloudcode-dev/cloudcode/internal/objstore"
+	cloudcodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/v1"
+)
+
+// How often a session is saved. The promise is at most 2 s of chats and 5 s of
+// files lost while a chat is busy; what is left of the 2 s is for the upload.
+const (
+	busyPeriod = 1200 * time.Millisecond
+	// A frozen session does nothing: at most a tenth of its time.
+	frozenShare = 10
+	// Without a busy chat, what users do by hand is found by looking at the tree;
+	// that takes at most a fiftieth of a CPU.
+	idleShortest, idleLongest = 3 * time.Second, 30 * time.Second
+	lookShare                 = 50
+
+	saveTimeout   = 5 * time.Minute // of one save: a first one may be large
+	firstBackoff  = time.Second
+	longBackoff   = 15 * time.Second
+	verifyEvery   = 15 * time.Second // that nobody has taken over, without a mount
+	retainEvery   = 5 * time.Minute
+	retainTimeout = time.Minute
+)
+
+// Excluded says what of a session's tree is not saved.
+func Excluded(rel string, isDir bool) bool {
+	switch {
+	case rel == BucketDir: // the bucket itself
+		return true
+	case rel == ".opencode/data/opencode/log" && isDir:
+		return true
+	case strings.HasPrefix(rel, ".opencode/data/opencode/") && strings.HasSuffix(rel, ".db-shm"):
+		return true // SQLite makes it anew, and must: it is of this machine's memory
+	case path.Dir(rel) == ".opencode" && path.Base(rel) == "cache" && isDir:
+		return true
+	}
+	return false
+}
+
+func (s *Session) openWriter(ctx context.Context) error {
+	if s.writer != nil {
+		return nil
+	}
+	if !s.acquired {
+		if err := s.takeOver(ctx); err != nil {
+			return err
+		}
+		if !s.acquired {
+			return s.away
+		}
+	}
+	w, err := s.repo.NewWriter(ctx, checkpoint.WriterOptions{
+		Dir: s.p.Volume.S3Dir, IDBase: s.p.Volume.IDBase, Owner: s.owner, StateDir: s.p.Volume.StateDir,
+		Exclude: Excluded, Log: s.log,
+	})
+	if err != nil {
+		return err
+	}
+	s.writer = w
+	if s.restored == "" { // it stays in the head, whoever saves
+		head, err := s.repo.Head(ctx)
+		if err != nil {
+			s.closeWriter()
+			return err
+		}
+		s.restored = head.Restored
+	}
+	return nil
+}
+
+func (s *Session) closeWriter() {
+	if s.writer == nil {
+		return
+	}
+	if err := s.writer.Close(); err != nil {
+		s.log.Warn("closing the writer of checkpoints", "error", err)
+	}
+	s.writer = nil
+}
+
+// save makes one checkpoint, and tells the status how that went.
+func (s *Session) save(ctx context.Context, trigger string, freeze func(context.Context) (func() error, error)) (checkpoint.Info, error) {
+	began := time.Now()
+	ctx, cancel := context.WithTimeout(ctx, saveTimeout)
+	defer cancel()
+	info, err := func() (checkpoint.Info, error) {
+		if err := s.openWriter(ctx); err != nil {
+			return checkpoint.Info{}, err
+		}
+		record, err := s.record()
+		if err != nil {
+			return checkpoint.Info{}, err
+		}
+		s.mu.Lock()
+		version := s.version
+		s.mu.Unlock()
+		return s.writer.Save(ctx, freeze, checkpoint.Meta{
+			Trigger: trigger, OpenCodeVersion: version, SessionJSON: record,
+			Mode: s.a.GetStorage().GetMode().String(), Restored: s.restored,
+		})
+	}()
+	if err != nil {
+		if !errors.Is(context.Cause(ctx), context.Canceled) {
+			s.setStatus(func(st *cloudcodev1.StorageStatus) {
+				if st.GetUnsavedSince() == nil {
+					st.UnsavedSince = timestamppb.New(began)
+				}
+				st.Message = unsavedMessage(err)
+			})
+		}
+		return info, err
+	}
+	s.setStatus(func(st *cloudcodev1.StorageStatus) {
+		if info.ID != "" {
+			st.Checkpoint = Proto(info)
+		}
+		if st.GetUnsavedSince() != nil {
+			st.UnsavedSince, st.Message = nil, ""
+		}
+	})
+	if info.Unchanged {
+		s.look = s.writer.Stats().Total
+	}
+	return info, nil
+}
+
+func unsavedMessage(err error) string {
+	advice := "the session goes on, and is saved as soon as that works"
+	switch {
+	case errors.Is(err, objstore.ErrDenied), errors.Is(err, objstore.ErrNoBucket), errors.Is(err, objstore.ErrRegion):
+		advice = "the session goes on; mend the bucket or the session's keys"
+	case errors.Is(err, checkpoint.ErrFenced):
+		advice = "another node has the session"
+	}
+	return fmt.Sprintf("changes cannot be saved: %v; %s", err, advice)
+}
+
+// Run saves the session until ctx ends or another node has taken over: then it
+// returns ErrFenced, and the container must go. What changed last is saved by Finish.
+func (s *Session) Run(ctx context.Context) error {
+	var (
+		timer    = time.NewTimer(idleShortest)
+		nextTry  time.Time // after a failure
+		backoff  = firstBackoff
+		turn     bool // a turn has ended that is not saved yet
+		verified = time.Now()
+		retained = time.Now()
+	)
+	defer timer.Stop()
+	attempt := func(trigger string) (checkpoint.Info, error) {
+		info, err := s.save(ctx, trigger, s.p.Freeze)
+		switch {
+		case err == nil:
+			nextTry, backoff = time.Time{}, firstBackoff
+			if !info.Unchanged { // else nobody was asked
+				verified = time.Now()
+			}
+			if turn && (trigger == TriggerTurn || info.Time.After(s.activity.turnTime())) {
+				turn = false
+				s.p.Checkpointed(Proto(info))
+			}
+		case ctx.Err() == nil:
+			s.log.Warn("cannot save the session", "trigger", trigger, "error", err, "retry_in", backoff)
+			nextTry = time.Now().Add(backoff)
+			backoff = min(2*backoff, longBackoff)
+		}
+		return info, err
+	}
+	for {
+		var err error
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case r := <-s.requests:
+			var info checkpoint.Info
+			info, err = attempt(r.trigger)
+			r.done <- result{info, err}
+		case <-s.activity.turn():
+			turn = true
+			if time.Now().Before(nextTry) {
+				continue
+			}
+			_, err = attempt(TriggerTurn)
+		case <-timer.C:
+			trigger := TriggerChange
+			switch {
+			case turn:
+				trigger = TriggerTurn
+			case s.activity.busy():
+				trigger = TriggerBusy
+			}
+			if !time.Now().Before(nextTry) {
+				_, err = attempt(trigger)
+			}
+			if !errors.Is(err, ErrFenced) && time.Since(verified) > s.verifyPeriod() {
+				verified = time.Now()
+				if verr := s.repo.Verify(ctx, s.owner); errors.Is(verr, ErrFenced) {
+					err = verr
+				}
+			}
+			if err == nil && time.Since(retained) > retainEvery {
+				retained = time.Now()
+				s.retain(ctx)
+			}
+		}
+		if errors.Is(err, ErrFenced) {
+			return err
+		}
+		timer.Reset(s.period())
+	}
+}
+
+func (s *Session) verifyPeriod() time.Duration {
+	if s.a.GetStorage().GetMode() == cloudcodev1.Storage_MOUNT {
+		return checkInterval
+	}
+	return verifyEvery
+}
+
+// period until the tree is looked at again.
+func (s *Session) period() time.Duration {
+	var st checkpoint.Stats
+	if s.writer != nil {
+		st = s.writer.Stats()
+	}
+	if s.activity.busy() {
+		return max(busyPeriod-st.Total, frozenShare*st.Frozen)
+	}
+	return min(max(lookShare*s.look, idleShortest), idleLongest)
+}
+
+func (s *Session) retain(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, retainTimeout)
+	defer cancel()
+	if deleted, err := s.repo.Retain(ctx, s.owner, checkpoint.DefaultPolicy); err != nil {
+		s.log.Warn("cannot remove old checkpoints", "error", err)
+	} else if len(deleted) > 0 {
+		s.log.Debug("removed old checkpoints", "count", len(deleted))
+	}
+}
+
+// SaveNow makes a checkpoint by Run's loop. Returns an error of class
+// context.Canceled if ctx or the loop ends first.
+func (s *Session) SaveNow(ctx context.Context, trigger string) (*cloudcodev1.Checkpoint, error) {
+	r := request{trigger: trigger, done: make(chan result, 1)}
+	select {
+	case s.requests <- r:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	select {
+	case res := <-r.done:
+		if res.err != nil {
+			return nil, res.err
+		}
+		return Proto(res.info), nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// Finish saves what changed last, unmounts, and marks the session as let go of
+// (and deleted, if it is), so that another node need not wait. The container has
+// ended, and so has Run. On an error all is as it was, to be tried again.
+func (s *Session) Finish(ctx context.Context, trigger string, deleted bool) error {
+	if _, err := s.save(ctx, trigger, nil); err != nil {
+		return fmt.Errorf("saving the session: %w", err)
+	}
+	if err := s.unmountBucket(ctx); err != nil {
+		return fmt.Errorf("unmounting the bucket: %w", err)
+	}
+	if err := s.repo.Release(ctx, s.owner, deleted); err != nil {
+		return fmt.Errorf("letting go of the session: %w", err)
+	}
+	s.Close()
+	return nil
+}
+
+// Close lets go of what the session has in this process: its mount stays, for the
+// next Open, here or in the next daemon.
+func (s *Session) Close() {
+	s.stopSupervising()
+	s.closeWriter()
+	s.closeStore()
+}
+
+// Abandon is Close that also drops the mount and what was not written by it.
+func (s *Session) Abandon(ctx context.Context) error {
+	s.stopSupervising()
+	err := s.abandonBucket(ctx)
+	s.Close()
+	return err
+}
