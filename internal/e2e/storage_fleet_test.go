@@ -224,11 +224,11 @@ func (o *openCode) rawMessages(tb testing.TB, chat string) string {
 
 // volumeDir is the session's folder on the machine; "" if it has none.
 func (h *nodeHost) volumeDir(session string) string {
-	found, _ := filepath.Glob(filepath.Join(h.nodeDir, "node", "volumes", session, "meta.json"))
+	found, _ := filepath.Glob(filepath.Join(h.nodeDir, "node", "volumes", session+"-????????"))
 	if len(found) == 0 {
 		return ""
 	}
-	return filepath.Dir(found[0])
+	return found[0]
 }
 
 // waitNothingOf waits until the machine has nothing of the session.
@@ -236,13 +236,10 @@ func (h *nodeHost) waitNothingOf(tb testing.TB, session string) {
 	tb.Helper()
 	eventually(tb, 45*time.Second, h.id+" has nothing of "+session, func() string {
 		if d := h.volumeDir(session); d != "" {
-			return d
-		}
-		if dir := filepath.Join(h.nodeDir, "node", "volumes", session); len(mountsBelow(dir)) > 0 {
-			return fmt.Sprint(mountsBelow(dir))
+			return fmt.Sprint(d, " ", mountsBelow(d))
 		}
 		for _, p := range h.pids() {
-			if cgroup, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", p)); strings.Contains(string(cgroup), "/"+session) {
+			if cgroup, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", p)); strings.Contains(string(cgroup), "/"+session+"\n") {
 				return fmt.Sprintf("process %d", p)
 			}
 		}
@@ -324,7 +321,10 @@ func (h *nodeHost) thaw() {
 // its disk is lost.
 func (h *nodeHost) forget(tb testing.TB, session string) {
 	tb.Helper()
-	dir := filepath.Join(h.nodeDir, "node", "volumes", session)
+	dir := h.volumeDir(session)
+	if dir == "" {
+		tb.Fatalf("%s has no folder of %s", h.id, session)
+	}
 	for _, m := range mountsBelow(dir) {
 		if err := unix.Unmount(m, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EINVAL) {
 			tb.Fatalf("unmount %s: %v", m, err)
@@ -383,7 +383,7 @@ func (h *nodeHost) mounterPIDs(session string) (list []int) {
 	for _, p := range h.pids() {
 		exe, _ := os.Readlink(fmt.Sprintf("/proc/%d/exe", p))
 		cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", p))
-		if name := filepath.Base(exe); (strings.HasPrefix(name, "tigrisfs") || strings.HasPrefix(name, "rclone")) && strings.Contains(string(cmdline), session) {
+		if name := filepath.Base(exe); (strings.HasPrefix(name, "tigrisfs") || strings.HasPrefix(name, "rclone")) && strings.Contains(string(cmdline), session+"-") {
 			list = append(list, p)
 		}
 	}
