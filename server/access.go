@@ -29,6 +29,7 @@ const (
 var services = map[string]access{
 	"cloudcode.v1.SessionService":              accessPublic,
 	"cloudcode.v1.NodeService":                 accessPublic,
+	"cloudcode.v1.StorageService":              accessPublic,
 	"grpc.reflection.v1.ServerReflection":      accessPublic,
 	"grpc.reflection.v1alpha.ServerReflection": accessPublic,
 	"grpc.health.v1.Health":                    accessOpen,

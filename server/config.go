@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/cloudcode-dev/cloudcode/internal/auth"
+	"github.com/cloudcode-dev/cloudcode/internal/storage"
 )
 
 // Config of a server. DataDir is needed; the zero value of all else works.
@@ -31,6 +32,11 @@ type Config struct {
 
 	// DefaultImage is for sessions that name no image.
 	DefaultImage string
+
+	// StorageProfiles are the object storage that sessions can be kept in. Sessions
+	// that name none get the default one; without that they are kept on the disk of a
+	// node alone. nil: there are none.
+	StorageProfiles *storage.Profiles
 
 	// StopTimeout bounds how long Stop waits for calls that run; 0: 5 s.
 	StopTimeout time.Duration

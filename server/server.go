@@ -39,6 +39,7 @@ import (
 	"github.com/cloudcode-dev/cloudcode/server/protoconv"
 	"github.com/cloudcode-dev/cloudcode/server/reconcile"
 	"github.com/cloudcode-dev/cloudcode/server/routes"
+	"github.com/cloudcode-dev/cloudcode/server/storage"
 	"github.com/cloudcode-dev/cloudcode/server/store/boltstore"
 )
 
@@ -135,7 +136,11 @@ func (s *Server) Start(ctx context.Context) (err error) {
 		Store: db, Identify: identify(pki.RoleGateway), Path: gatewaysPath(s.config.DataDir), Logger: s.log,
 	})
 	gatewayv1.RegisterRouteServiceServer(s.grpc, gateways)
-	dispatcher := dispatch.New(dispatch.Config{Store: db, Gateways: gateways, Identify: identify(pki.RoleNode), Logger: s.log})
+	objects := storage.New(storage.Config{Store: db, Profiles: s.config.StorageProfiles, Logger: s.log})
+	s.onStop(objects.Close)
+	dispatcher := dispatch.New(dispatch.Config{
+		Store: db, Gateways: gateways, Storage: objects, Identify: identify(pki.RoleNode), Logger: s.log,
+	})
 	nodev1.RegisterDispatchServiceServer(s.grpc, dispatcher)
 	hub := link.NewHub(identify(pki.RoleNode), s.log)
 	linkv1.RegisterLinkServiceServer(s.grpc, hub)
@@ -150,18 +155,20 @@ func (s *Server) Start(ctx context.Context) (err error) {
 	})
 	s.onStop(events.Close)
 
-	sessions, nodes := api.New(api.Config{
-		Store: db, Events: events, Agents: agents, DefaultImage: s.config.DefaultImage, Log: s.log,
+	sessions, nodes, storages := api.New(api.Config{
+		Store: db, Events: events, Agents: agents, Storage: objects, DefaultImage: s.config.DefaultImage, Log: s.log,
 		WebURI: gateways.WebURI, Heartbeat: dispatcher.HeartbeatTime,
 	})
 	cloudcodev1.RegisterSessionServiceServer(s.grpc, sessions)
 	cloudcodev1.RegisterNodeServiceServer(s.grpc, nodes)
+	cloudcodev1.RegisterStorageServiceServer(s.grpc, storages)
 	healthServer := health.NewServer()
 	healthv1.RegisterHealthServer(s.grpc, healthServer)
 	reflection.Register(s.grpc)
 
 	s.background("routes", gateways.Run)
 	s.background("dispatcher", dispatcher.Run)
+	s.background("storage", objects.Run)
 	s.background("reconciler", reconcile.New(db, s.log).Run)
 
 	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", s.config.GRPCListen)

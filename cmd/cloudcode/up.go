@@ -40,7 +40,9 @@ daemon and a private containerd. It builds the default image if this machine
 lacks it, creates a session if there is none, and says what to open.
 
 Ctrl-C ends it all: containers, mounts, network and containerd. Sessions and
-their files stay, and run again at the next start.`,
+their files stay, and run again at the next start.
+
+` + storageHelp,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return u.run(cmd) },
 	}

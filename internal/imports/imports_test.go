@@ -109,3 +109,31 @@ func TestControlPlaneIsFreeOfContainerd(t *testing.T) {
 		}
 	}
 }
+
+// One package knows the S3 library, its retries and its errors; all else knows objstore.
+func TestOnlyObjstoreKnowsTheS3Library(t *testing.T) {
+	for name, p := range load(t) {
+		for _, imported := range p.Imports {
+			if strings.HasPrefix(imported, "github.com/minio/minio-go/") && name != "internal/objstore" && name != "internal/s3test" {
+				t.Errorf("%s imports %s: use internal/objstore", name, imported)
+			}
+		}
+	}
+}
+
+// What server and node daemon share must not lead from one to the other.
+func TestSharedStoragePackagesKnowNoProcess(t *testing.T) {
+	pkgs := load(t)
+	for _, name := range []string{"internal/objstore", "internal/storage", "internal/checkpoint"} {
+		p, ok := pkgs[name]
+		if !ok {
+			t.Errorf("%s is not there: correct this test", name)
+		}
+		for _, dep := range p.Deps {
+			dep, ours := strings.CutPrefix(dep, module)
+			if ours && (below(dep, "server") || below(dep, "nodeagent") || below(dep, "gateway") || below(dep, "proto")) {
+				t.Errorf("%s depends on %s: it is for every process, and speaks no protocol", name, dep)
+			}
+		}
+	}
+}

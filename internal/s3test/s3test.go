@@ -48,8 +48,6 @@ type Options struct {
 	AccessLog bool
 	// Region; empty: the constant.
 	Region string
-	// TLSCert and TLSKey are files; with them the server speaks https alone.
-	TLSCert, TLSKey string
 }
 
 // Server is a running S3 server. Its methods fail the test that it was started by.
@@ -160,12 +158,7 @@ func freePort(t testing.TB) int {
 func (s *Server) Addr() string { return fmt.Sprintf("127.0.0.1:%d", s.port) }
 
 // Endpoint is the server's URL.
-func (s *Server) Endpoint() string {
-	if s.opts.TLSCert != "" {
-		return "https://" + s.Addr()
-	}
-	return "http://" + s.Addr()
-}
+func (s *Server) Endpoint() string { return "http://" + s.Addr() }
 
 // Dir is the folder with the buckets.
 func (s *Server) Dir() string { return s.opts.Dir }
@@ -197,9 +190,6 @@ func (s *Server) start() error {
 		args = append(args, "--access-log", s.log)
 	} else {
 		args = append(args, "--quiet")
-	}
-	if s.opts.TLSCert != "" {
-		args = append(args, "--cert", s.opts.TLSCert, "--key", s.opts.TLSKey)
 	}
 	cmd := exec.Command(s.bin, append(args, "posix", s.opts.Dir)...)
 	cmd.Env = append(os.Environ(), "ROOT_ACCESS_KEY="+AccessKeyID, "ROOT_SECRET_KEY="+SecretAccessKey)
@@ -247,16 +237,12 @@ func (s *Server) answers(exited <-chan struct{}) error {
 }
 
 func (s *Server) client() (client *minio.Client, close func()) {
-	tr, err := minio.DefaultTransport(s.opts.TLSCert != "")
+	tr, err := minio.DefaultTransport(false)
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	if s.opts.TLSCert != "" {
-		tr.TLSClientConfig.InsecureSkipVerify = true // only to see whether it is up
-	}
 	client, err = minio.New(s.Addr(), &minio.Options{
 		Creds:      credentials.NewStaticV4(AccessKeyID, SecretAccessKey, ""),
-		Secure:     s.opts.TLSCert != "",
 		Region:     s.opts.Region,
 		Transport:  tr,
 		MaxRetries: 1,
@@ -285,7 +271,34 @@ func (s *Server) Stop() { s.end(syscall.SIGTERM) }
 func (s *Server) Kill() { s.end(syscall.SIGKILL) }
 
 // Pause freezes the server: it takes connections and does not answer. Resume thaws it.
-func (s *Server) Pause() { s.signal(syscall.SIGSTOP) }
+func (s *Server) Pause() {
+	s.t.Helper()
+	s.signal(syscall.SIGSTOP)
+	// The signal arrives a while later, thread by thread.
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.Now().Add(10 * time.Second); !stopped(s.PID()); <-tick.C {
+		if time.Now().After(deadline) {
+			s.t.Fatal("the S3 server does not stop")
+		}
+	}
+}
+
+// stopped says whether all threads of a process are.
+func stopped(pid int) bool {
+	stats, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+	if err != nil || len(stats) == 0 {
+		return false
+	}
+	for _, path := range stats {
+		stat, err := os.ReadFile(path)
+		_, state, ok := bytes.Cut(stat, []byte(") ")) // behind the name
+		if err != nil || !ok || state[0] != 'T' {
+			return false
+		}
+	}
+	return true
+}
 
 // Resume ends Pause.
 func (s *Server) Resume() { s.signal(syscall.SIGCONT) }

@@ -351,7 +351,7 @@ func (s *Session) next() string { return filepath.Join(filepath.Dir(s.p.Volume.S
 // fetch brings a checkpoint's tree here, beside the local one.
 func (s *Session) fetch(ctx context.Context, manifest string) error {
 	v := s.p.Volume
-	if err := os.RemoveAll(s.next()); err != nil {
+	if err := mount.RemoveAll(s.next()); err != nil {
 		return err
 	}
 	s.p.Progress("restore", "fetching checkpoint "+manifest, 0, 0)
@@ -381,15 +381,18 @@ func (s *Session) aside() string { return filepath.Join(filepath.Dir(s.p.Volume.
 func (s *Session) setAside() error {
 	v := s.p.Volume
 	aside := s.aside()
+	if err := Detach(v); err != nil { // the bucket would go with it
+		return err
+	}
 	entries, err := os.ReadDir(v.S3Dir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	if len(entries) > 0 {
-		if err := os.RemoveAll(aside); err != nil {
+		if err := mount.RemoveAll(aside); err != nil {
 			return err
 		}
-		s.log.Warn("the session's files here are older than its newest checkpoint: putting them aside", "folder", aside)
+		s.log.Info("another state of the session takes the place of its files here: putting them aside", "folder", aside)
 		return os.Rename(v.S3Dir, aside)
 	}
 	if err := os.Remove(v.S3Dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -475,7 +478,7 @@ func (s *Session) restore(ctx context.Context, head checkpoint.Head, m *mark) er
 	if _, err := s.save(ctx, TriggerRestore, nil); err != nil {
 		return err
 	}
-	return os.RemoveAll(s.aside()) // it was saved
+	return mount.RemoveAll(s.aside()) // it was saved
 }
 
 func (s *Session) closeStore() {

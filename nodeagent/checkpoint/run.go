@@ -114,7 +114,8 @@ func (s *Session) save(ctx context.Context, trigger string, freeze func(context.
 	if err != nil {
 		if !errors.Is(context.Cause(ctx), context.Canceled) {
 			s.setStatus(func(st *cloudcodev1.StorageStatus) {
-				if st.GetUnsavedSince() == nil {
+				// Nothing of a session that is another's is waiting to be saved.
+				if st.GetUnsavedSince() == nil && !errors.Is(err, ErrFenced) {
 					st.UnsavedSince = timestamppb.New(began)
 				}
 				st.Message = unsavedMessage(err)

@@ -28,6 +28,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cloudcode-dev/cloudcode/internal/atomicfile"
+	"github.com/cloudcode-dev/cloudcode/nodeagent/mount"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/runtime"
 )
 
@@ -289,6 +290,9 @@ func (m *Manager) Remove(ctx context.Context, session string) error {
 	if err := m.unmount(ctx, session); err != nil {
 		return err
 	}
+	if err := mount.CheckBare(filepath.Join(m.Dir, session)); err != nil {
+		return err
+	}
 	// The rename is what makes it gone, also when deleting takes long.
 	err := os.Rename(filepath.Join(m.Dir, session), filepath.Join(m.Dir, removing+session))
 	if errors.Is(err, fs.ErrExist) || errors.Is(err, unix.ENOTEMPTY) {
@@ -319,11 +323,11 @@ func (m *Manager) sweep() error {
 // deleteTree keeps meta.json, which reserves the ids, for last.
 func deleteTree(dir string) error {
 	for _, part := range []string{"data", diskFile} {
-		if err := os.RemoveAll(filepath.Join(dir, part)); err != nil {
+		if err := mount.RemoveAll(filepath.Join(dir, part)); err != nil {
 			return err
 		}
 	}
-	return os.RemoveAll(dir)
+	return mount.RemoveAll(dir)
 }
 
 // Exists says whether the session has a volume.

@@ -101,7 +101,8 @@ func (w *Worker) finish(ctx context.Context, a *nodev1.Assignment, trigger strin
 		return err
 	}
 	deleting := a.GetDesiredState() == nodev1.Assignment_DELETE
-	switch held, err := w.cfg.Storage.Holds(vol, a); {
+	held, err := w.cfg.Storage.Holds(vol, a)
+	switch {
 	case err != nil:
 		return err
 	case !held, deleting && a.GetPurgeStorage():

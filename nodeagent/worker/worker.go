@@ -504,8 +504,14 @@ func (w *Worker) spec(a *nodev1.Assignment, vol volume.Volume, mounts []runtime.
 	if s.GetOpencodeConfig() != "" {
 		env[container.EnvConfig] = s.GetOpencodeConfig()
 	}
+	workingDir := ""
+	if a.GetStorage().GetMode() == cloudcodev1.Storage_MOUNT {
+		// The runtime enters the working folder before the bucket is attached. The
+		// entrypoint enters the project's folder itself.
+		workingDir = "/"
+	}
 	return runtime.Spec{
-		Session: w.session, Generation: uint64(a.GetGeneration()), Image: s.GetImage(), Env: env,
+		WorkingDir: workingDir, Session: w.session, Generation: uint64(a.GetGeneration()), Image: s.GetImage(), Env: env,
 		Resources: runtime.Resources{
 			CPUMillis:   s.GetResources().GetCpuMillis(),
 			MemoryBytes: s.GetResources().GetMemoryBytes(),

@@ -18,6 +18,7 @@ import (
 	"go.uber.org/goleak"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/cloudcode-dev/cloudcode/nodeagent/checkpoint"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/ring"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/runtime"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/runtime/runtimetest"
@@ -90,7 +91,11 @@ func (v volumes) Exists(name string) (bool, error) {
 
 func (v volumes) Ensure(_ context.Context, name string, _ int64) (volume.Volume, error) {
 	dir := filepath.Join(v.dir, name)
-	return volume.Volume{Dir: dir, S3Dir: dir, IDBase: 0x10000000}, os.MkdirAll(dir, 0o755)
+	s3 := filepath.Join(dir, "s3")
+	return volume.Volume{
+		Session: name, Dir: dir, S3Dir: s3, IDBase: 0x10000000,
+		MountDir: filepath.Join(dir, "mnt"), RootDir: filepath.Join(dir, "root"), StateDir: filepath.Join(dir, "state"),
+	}, os.MkdirAll(s3, 0o755)
 }
 
 func (v volumes) Remove(_ context.Context, name string) error {
@@ -104,6 +109,7 @@ type fixture struct {
 	oc      *openCode
 	volumes volumes
 	worker  *worker.Worker
+	storage *checkpoint.Manager
 
 	mu      sync.Mutex
 	reports []*nodev1.SessionStatus
@@ -126,7 +132,7 @@ func assignment(generation int64) *nodev1.Assignment {
 
 func (f *fixture) start(a *nodev1.Assignment, adopt bool) {
 	f.worker = worker.Start(worker.Config{
-		Runtime: f.fake, Volumes: f.volumes,
+		Runtime: f.fake, Volumes: f.volumes, Storage: f.storage,
 		LogDir:     func(s string) string { return "/logs/" + s },
 		RemoveLogs: func(string) error { return nil },
 		Report: func(s *nodev1.SessionStatus) {

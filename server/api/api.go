@@ -1,6 +1,7 @@
-// Package api serves the public gRPC API: SessionService and NodeService. It
-// validates, stores what users ask for, and shows what is; it never waits for a
-// node to do anything.
+// Package api serves the public gRPC API: SessionService, NodeService and
+// StorageService. It validates, stores what users ask for, and shows what is; it
+// never waits for a node to do anything, but for what a user asks of a node itself:
+// logs, files, a checkpoint.
 package api
 
 import (
@@ -11,6 +12,7 @@ import (
 
 	nodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/node/v1"
 	cloudcodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/v1"
+	"github.com/cloudcode-dev/cloudcode/server/storage"
 	"github.com/cloudcode-dev/cloudcode/server/store"
 )
 
@@ -36,6 +38,7 @@ type Config struct {
 	Store        store.Store
 	Events       Events
 	Agents       Agents
+	Storage      *storage.Storage              // nil: the server has no object storage of its own
 	DefaultImage string                        // for sessions that name none
 	WebURI       func(sessionID string) string // where browsers find a session; "" if unknown
 	Heartbeat    func(nodeID string) time.Time // the newest one heard; zero if unknown
@@ -54,8 +57,14 @@ type Nodes struct {
 	config Config
 }
 
+// Storages serves StorageService.
+type Storages struct {
+	cloudcodev1.UnimplementedStorageServiceServer
+	sessions *Sessions
+}
+
 // New returns the services. They return the errors of fleet; see Status.
-func New(c Config) (*Sessions, *Nodes) {
+func New(c Config) (*Sessions, *Nodes, *Storages) {
 	if c.WebURI == nil {
 		c.WebURI = func(string) string { return "" }
 	}
@@ -65,5 +74,9 @@ func New(c Config) (*Sessions, *Nodes) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Sessions{config: c}, &Nodes{config: c}
+	if c.Storage == nil {
+		c.Storage = storage.New(storage.Config{Store: c.Store, Logger: c.Log})
+	}
+	sessions := &Sessions{config: c}
+	return sessions, &Nodes{config: c}, &Storages{sessions: sessions}
 }

@@ -34,8 +34,9 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // fixture is the API over a real store and real gRPC.
 type fixture struct {
 	cloudcodev1.SessionServiceClient
-	nodes cloudcodev1.NodeServiceClient
-	store store.Store
+	nodes    cloudcodev1.NodeServiceClient
+	storages cloudcodev1.StorageServiceClient
+	store    store.Store
 }
 
 func newFixture(t *testing.T, change func(*Config)) *fixture {
@@ -57,9 +58,10 @@ func newFixture(t *testing.T, change func(*Config)) *fixture {
 		grpc.StreamInterceptor(func(srv any, ss grpc.ServerStream, _ *grpc.StreamServerInfo, h grpc.StreamHandler) error {
 			return Status(ss.Context(), log, h(srv, ss))
 		}))
-	sessions, nodes := New(config)
+	sessions, nodes, storages := New(config)
 	cloudcodev1.RegisterSessionServiceServer(server, sessions)
 	cloudcodev1.RegisterNodeServiceServer(server, nodes)
+	cloudcodev1.RegisterStorageServiceServer(server, storages)
 	listener := bufconn.Listen(1 << 20)
 	var wg sync.WaitGroup
 	wg.Go(func() { _ = server.Serve(listener) })
@@ -74,7 +76,9 @@ func newFixture(t *testing.T, change func(*Config)) *fixture {
 		wg.Wait()
 		_ = db.Close()
 	})
-	return &fixture{cloudcodev1.NewSessionServiceClient(conn), cloudcodev1.NewNodeServiceClient(conn), db}
+	return &fixture{
+		cloudcodev1.NewSessionServiceClient(conn), cloudcodev1.NewNodeServiceClient(conn), cloudcodev1.NewStorageServiceClient(conn), db,
+	}
 }
 
 func (f *fixture) create(t *testing.T, id string, change func(*cloudcodev1.Session)) *cloudcodev1.Session {

@@ -27,6 +27,9 @@ const (
 	reasonNoLogs          = "SESSION_NOT_STARTED"
 	reasonUnreachable     = "NODE_UNREACHABLE"
 	reasonLost            = "SESSION_LOST"
+	reasonNotRunning      = "SESSION_NOT_RUNNING"
+	reasonMount           = "STORAGE_MOUNT"
+	reasonNoPath          = "FILE_NOT_FOUND"
 )
 
 // classes maps the error classes of fleet; the only place that does.

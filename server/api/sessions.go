@@ -17,6 +17,7 @@ import (
 	cloudcodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/v1"
 	"github.com/cloudcode-dev/cloudcode/server/fleet"
 	"github.com/cloudcode-dev/cloudcode/server/protoconv"
+	"github.com/cloudcode-dev/cloudcode/server/storage"
 	"github.com/cloudcode-dev/cloudcode/server/store"
 )
 
@@ -38,6 +39,7 @@ func (s *Sessions) CreateSession(ctx context.Context, req *cloudcodev1.CreateSes
 	validateRequestID(&v, req.GetRequestId())
 	validateLabels(&v, "session.labels", req.GetSession().GetLabels())
 	validateSpec(&v, spec)
+	validateStorage(&v, req.GetSession().GetSpec().GetStorage())
 	if err := v.err(); err != nil {
 		return nil, err
 	}
@@ -46,10 +48,46 @@ func (s *Sessions) CreateSession(ctx context.Context, req *cloudcodev1.CreateSes
 		return nil, err
 	}
 
-	var made *fleet.Session
+	key := requestKey(req.GetRequestId())
+	if earlier, err := s.earlier(ctx, key, digest); err != nil || earlier != nil {
+		return s.showOr(earlier, err)
+	}
+	id, err := s.chooseID(ctx, req.GetSessionId())
+	if err != nil {
+		return nil, err
+	}
+	// Before the transaction: it asks the object storage, which takes its time.
+	resolved, err := s.config.Storage.Resolve(ctx, id, protoconv.StorageRequestFromProto(req.GetSession().GetSpec().GetStorage()))
+	if err != nil {
+		return nil, err
+	}
+	spec.Storage = resolved.Storage
+	sess := newSession(id, protoconv.Map(req.GetSession().GetLabels()), spec)
+	// Who had the folder before is fenced by the first assignment.
+	sess.Generation = resolved.Generation
+	return s.showOr(s.insert(ctx, sess, key, digest))
+}
+
+func (s *Sessions) showOr(sess *fleet.Session, err error) (*cloudcodev1.Session, error) {
+	if err != nil {
+		return nil, err
+	}
+	return s.show(sess), nil
+}
+
+func newSession(id string, labels map[string]string, spec fleet.Spec) *fleet.Session {
+	now := time.Now().UTC()
+	return &fleet.Session{
+		ID: id, UID: uuid.NewString(), CreateTime: now, UpdateTime: now, Labels: labels, Spec: spec,
+		State: fleet.StatePending, Message: "A node is being chosen.",
+	}
+}
+
+// insert stores a new session, and returns it or the one that an equal request
+// has made meanwhile.
+func (s *Sessions) insert(ctx context.Context, sess *fleet.Session, key, digest string) (made *fleet.Session, err error) {
 	_, err = s.config.Store.Update(ctx, func(tx store.Tx) error {
 		made = nil
-		key := strings.ToLower(req.GetRequestId())
 		if key != "" {
 			earlier, err := answered(tx, key, digest)
 			if err != nil || earlier != nil {
@@ -57,42 +95,61 @@ func (s *Sessions) CreateSession(ctx context.Context, req *cloudcodev1.CreateSes
 				return err
 			}
 		}
-		id, err := freeID(tx, req.GetSessionId())
-		if err != nil {
+		if _, err := freeID(tx, sess.ID); err != nil {
 			return err
 		}
-		now := time.Now().UTC()
-		sess := &fleet.Session{
-			ID: id, UID: uuid.NewString(), CreateTime: now, UpdateTime: now,
-			Labels: protoconv.Map(req.GetSession().GetLabels()), Spec: spec.Clone(),
-		}
-		if err := sess.SetState(fleet.StatePending, "", "A node is being chosen."); err != nil {
+		if err := storage.InUse(tx, sess.Spec.Storage); err != nil {
 			return err
 		}
-		if err := putWithEvent(tx, sess); err != nil {
+		made = sess.Clone()
+		if err := putWithEvent(tx, made); err != nil {
 			return err
 		}
-		made = sess
 		if key == "" {
 			return nil
 		}
-		return tx.PutRequest(key, store.Request{Fingerprint: digest, SessionID: id, SessionUID: sess.UID, UnixSeconds: now.Unix()})
+		return tx.PutRequest(key, store.Request{Fingerprint: digest, SessionID: made.ID, SessionUID: made.UID, UnixSeconds: made.CreateTime.Unix()})
 	})
-	if err != nil {
-		return nil, err
+	return made, err
+}
+
+// earlier returns the session that an earlier request with this key has made; nil
+// if there was none, or there is no key.
+func (s *Sessions) earlier(ctx context.Context, key, digest string) (sess *fleet.Session, err error) {
+	if key == "" {
+		return nil, nil
 	}
-	return s.show(made), nil
+	err = s.config.Store.View(ctx, func(tx store.ReadTx) error {
+		sess, err = answered(tx, key, digest)
+		return err
+	})
+	return sess, err
+}
+
+// chooseID returns the id asked for, if it is free, or a new one. Only the
+// transaction that stores the session says for sure.
+func (s *Sessions) chooseID(ctx context.Context, asked string) (id string, err error) {
+	err = s.config.Store.View(ctx, func(tx store.ReadTx) error {
+		id, err = freeID(tx, asked)
+		return err
+	})
+	return id, err
 }
 
 // fingerprint tells equal requests from different ones.
 func fingerprint(req *cloudcodev1.CreateSessionRequest) (string, error) {
 	bare := proto.CloneOf(req)
 	bare.RequestId = ""
-	data, err := proto.MarshalOptions{Deterministic: true}.Marshal(bare)
+	return digestOf("", bare)
+}
+
+// digestOf has a kind, so that requests of different methods are different.
+func digestOf(kind string, m proto.Message) (string, error) {
+	data, err := proto.MarshalOptions{Deterministic: true}.Marshal(m)
 	if err != nil {
 		return "", err
 	}
-	sum := sha256.Sum256(data)
+	sum := sha256.Sum256(append([]byte(kind), data...))
 	return hex.EncodeToString(sum[:]), nil
 }
 
@@ -167,7 +224,10 @@ func (s *Sessions) get(ctx context.Context, name string) (*fleet.Session, error)
 		sess, err = readSession(tx, id)
 		return err
 	})
-	return sess, err
+	if err != nil {
+		return nil, err
+	}
+	return sess, nil
 }
 
 // GetSession implements SessionService.
@@ -237,13 +297,16 @@ func (s *Sessions) DeleteSession(ctx context.Context, req *cloudcodev1.DeleteSes
 		if err != nil {
 			return err
 		}
-		if sess.Deleting {
+		if sess.Deleting && sess.Purge == req.GetPurgeStorage() {
 			return nil // a retry, whatever its etag
 		}
-		if err := checkEtag(sess, req.GetEtag()); err != nil {
-			return err
+		if !sess.Deleting {
+			if err := checkEtag(sess, req.GetEtag()); err != nil {
+				return err
+			}
 		}
-		sess.Deleting = true
+		// A purge that cannot be done can be taken back by deleting once more without.
+		sess.Deleting, sess.Purge = true, req.GetPurgeStorage()
 		sess.UpdateTime = time.Now().UTC()
 		if err := sess.SetState(fleet.StateDeleting, "", ""); err != nil {
 			return err
@@ -258,3 +321,6 @@ func (s *Sessions) DeleteSession(ctx context.Context, req *cloudcodev1.DeleteSes
 	}
 	return s.show(sess), nil
 }
+
+// requestKey is a request id as it is stored: a UUID is the same in either case.
+func requestKey(id string) string { return strings.ToLower(id) }

@@ -1,6 +1,7 @@
 package api
 
 import (
+	"context"
 	"errors"
 	"io"
 
@@ -49,11 +50,7 @@ func (s *Sessions) ReadSessionLogs(req *cloudcodev1.ReadSessionLogsRequest, stre
 	if sess.Assignment == nil {
 		return grpcerr.New(codes.FailedPrecondition, reasonNotPlaced, "session %q is on no node yet, so there are no logs: %s", sess.ID, sess.Message)
 	}
-	node := sess.Assignment.Node
-	if s.config.Agents == nil {
-		return fleet.ErrUnavailable
-	}
-	agent, err := s.config.Agents.Agent(ctx, node)
+	agent, node, err := s.agent(ctx, sess)
 	if err != nil {
 		return err
 	}
@@ -74,6 +71,16 @@ func (s *Sessions) ReadSessionLogs(req *cloudcodev1.ReadSessionLogsRequest, stre
 			}
 		}
 	}
+}
+
+// agent returns the node daemon that has a session, which is on a node.
+func (s *Sessions) agent(ctx context.Context, sess *fleet.Session) (agent nodev1.AgentServiceClient, node string, err error) {
+	node = sess.Assignment.Node
+	if s.config.Agents == nil {
+		return nil, node, fleet.ErrUnavailable
+	}
+	agent, err = s.config.Agents.Agent(ctx, node)
+	return agent, node, err
 }
 
 // logError says what a node's error means to the user.

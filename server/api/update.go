@@ -167,6 +167,9 @@ func (s *Sessions) UpdateSession(ctx context.Context, req *cloudcodev1.UpdateSes
 	src := fromProto(req.GetSession())
 	all := len(req.GetUpdateMask().GetPaths()) == 0
 	storage := all || slices.ContainsFunc(chosen, func(f string) bool { return strings.HasPrefix(f, "spec.storage.") })
+	if err := s.checkNewKeys(ctx, req.GetSession().GetName(), chosen, &src); err != nil {
+		return nil, err
+	}
 	var sess *fleet.Session
 	_, err := s.config.Store.Update(ctx, func(tx store.Tx) (err error) {
 		sess, err = readSession(tx, id)
@@ -211,6 +214,26 @@ func (s *Sessions) UpdateSession(ctx context.Context, req *cloudcodev1.UpdateSes
 		return nil, err
 	}
 	return s.show(sess), nil
+}
+
+// checkNewKeys asks the object storage whether new keys are right, before they are
+// what the session is kept with.
+func (s *Sessions) checkNewKeys(ctx context.Context, name string, chosen []string, src *wanted) error {
+	if src.spec.Storage.S3 == nil {
+		return nil
+	}
+	sess, err := s.get(ctx, name)
+	if err != nil {
+		return err
+	}
+	next := wanted{spec: sess.Spec.Clone()}
+	for _, field := range chosen {
+		fields[field](&next, src)
+	}
+	if sess.Spec.Storage.S3 == nil || next.spec.Storage.Equal(sess.Spec.Storage) {
+		return nil
+	}
+	return s.config.Storage.CheckKeys(ctx, next.spec.Storage)
 }
 
 // validateDisk: a disk that was made can grow, and nothing else.

@@ -13,7 +13,10 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/cloudcode-dev/cloudcode/internal/container"
+	conf "github.com/cloudcode-dev/cloudcode/internal/storage"
+	cloudcodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/v1"
 	"github.com/cloudcode-dev/cloudcode/server/fleet"
+	"github.com/cloudcode-dev/cloudcode/server/protoconv"
 )
 
 // Bounds of what users may ask for.
@@ -103,6 +106,29 @@ func validateSpec(v *violations, s fleet.Spec) {
 	within(v, "memory_bytes", r.MemoryBytes, minMemoryBytes, maxMemoryBytes, "bytes", ": OpenCode alone needs about 350 MB, so 1 GiB or more is sensible")
 	within(v, "pids", r.PIDs, minPIDs, maxPIDs, "processes and threads", "")
 	within(v, "disk_bytes", r.DiskBytes, minDiskBytes, maxDiskBytes, "bytes", "")
+}
+
+// validateStorage looks at what can be seen without asking any object storage.
+func validateStorage(v *violations, asked *cloudcodev1.Storage) {
+	const field = "session.spec.storage"
+	r := protoconv.StorageRequestFromProto(asked)
+	switch r.Mode {
+	case "", fleet.ModeAuto, fleet.ModeMount, fleet.ModeSnapshot:
+	case fleet.ModeLocal:
+		if r.Profile != "" || r.S3 != nil || r.Prefix != nil {
+			v.add(field+".mode", "with LOCAL the session is on the disk of a node alone: leave out profile, prefix and s3")
+		}
+	default:
+		v.add(field+".mode", fmt.Sprintf("%q is not known: there are AUTO, LOCAL, MOUNT and SNAPSHOT", r.Mode))
+	}
+	if r.Profile != "" && r.S3 != nil {
+		v.add(field+".profile", "leave it out, or leave out s3: the session is kept in one place")
+	}
+	if r.Prefix != nil {
+		if err := conf.ValidatePrefix(*r.Prefix); err != nil {
+			v.add(field+".prefix", err.Error())
+		}
+	}
 }
 
 func within(v *violations, field string, got, lowest, highest int64, unit, hint string) {

@@ -108,7 +108,13 @@ func TestAssignedStorage(t *testing.T) {
 		a.Assignment.Delete = true
 		f.put(a)
 		f.wantSeen(w, "+a u-a 1 DELETE")
-		a.Labels = map[string]string{"team": "db"}
+		a.Labels, a.Purge = map[string]string{"team": "db"}, true
+		f.put(a)
+		f.wantSeen(w, "+a u-a 1 DELETE")
+		if got := w.assigned["a"]; !got.GetPurgeStorage() || got.GetLabels()["team"] != "db" {
+			f.Errorf("assignment %v", got)
+		}
+		a.Purge = false
 		f.put(a)
 		f.wantSeen(w, "+a u-a 1 DELETE")
 		// Suspended, and on to another node.

@@ -54,6 +54,8 @@ func (s *Session) ApplyReport(r Report, node string, now time.Time) (Outcome, er
 		err = s.SetState(StateDeleting, s.Reason, s.Message)
 	case s.Suspended:
 		err = s.applySuspending(r)
+	case s.renewed() && s.State != StateLost:
+		err = s.SetState(s.State, s.Reason, s.Message)
 	default:
 		err = s.applyRunning(r, now)
 	}

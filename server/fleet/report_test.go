@@ -221,8 +221,12 @@ func TestApplyReport(t *testing.T) {
 			want: session(StateRunning, asRunning), outcome: Changed,
 		},
 		{
-			name: "asked for something else meanwhile", session: session(StateStarting, restore("c2", "c1")), report: report(ReportedRunning, readyAt),
-			want: session(StateRunning, restore("c2", "c1"), asRunning), outcome: Changed,
+			name: "asked for something else meanwhile", session: session(StateStarting, restore("c2", "c1"), stored(saved("c1"))), report: report(ReportedRunning, readyAt, says(saved("c3"))),
+			want: session(StateStarting, restore("c2", "c1"), stored(saved("c3"))), outcome: Progressed,
+		},
+		{
+			name: "resumed, and not heard of it", session: session(StateStarting, func(s *Session) { s.Assignment.Suspend = true }), report: report(ReportedRunning, readyAt),
+			want: session(StateStarting, func(s *Session) { s.Assignment.Suspend = true }), outcome: Unchanged,
 		},
 	}
 	for _, tt := range tests {

@@ -94,6 +94,37 @@ func (s *Session) Resume(now time.Time) error {
 	return nil
 }
 
+// Restore asks for the session to be taken back to a checkpoint, and to run then.
+// Returns ErrFailedPrecondition while it is being deleted or is lost.
+func (s *Session) Restore(checkpoint string, now time.Time) error {
+	switch {
+	case s.Deleting:
+		return fmt.Errorf("%w: session %s is being deleted", ErrFailedPrecondition, s.ID)
+	case s.State == StateLost:
+		return fmt.Errorf("%w: session %s is LOST: node %s cannot save it as it is while it cannot be reached; resume it first", ErrFailedPrecondition, s.ID, s.node())
+	case s.RestoreCheckpoint == checkpoint && !s.Suspended:
+		return nil
+	}
+	if err := s.Resume(now); err != nil {
+		return err
+	}
+	if s.Assignment != nil {
+		if err := s.SetState(StateStarting, "", fmt.Sprintf("It is being taken back to checkpoint %s.", checkpoint)); err != nil {
+			return err
+		}
+		s.Progress = nil
+	}
+	s.RestoreCheckpoint, s.UpdateTime = checkpoint, now
+	return nil
+}
+
+// renewed says that the node is about to get the next generation: what it says of
+// this one is old.
+func (s *Session) renewed() bool {
+	a := s.Assignment
+	return a.Suspend && !s.Suspended || s.RestoreCheckpoint != "" && s.RestoreCheckpoint != a.RestoreCheckpoint
+}
+
 // leaveNode ends the assignment. What the node said of its mounts, and of what it
 // could not save, is over with it.
 func (s *Session) leaveNode() {

@@ -167,3 +167,33 @@ func TestSuspendAndResume(t *testing.T) {
 		}
 	}
 }
+
+func TestRestore(t *testing.T) {
+	now := time.Date(2026, 11, 24, 12, 0, 0, 0, time.UTC)
+	for state, want := range map[State]State{
+		StateRunning: StateStarting, StateFailed: StateStarting, StatePending: StatePending, StateSuspended: StatePending,
+		StateSuspending: StateStarting, StateLost: "", StateDeleting: "",
+	} {
+		s := &Session{ID: "a", State: state, Deleting: state == StateDeleting}
+		s.Spec.Storage.Mode = ModeSnapshot
+		s.Suspended = state == StateSuspended || state == StateSuspending
+		if state != StatePending && state != StateSuspended {
+			s.Assignment = &Assignment{Node: "n1", Suspend: s.Suspended}
+		}
+		before := s.Clone()
+		err := s.Restore("c1", now)
+		if want == "" {
+			if !errors.Is(err, ErrFailedPrecondition) || !reflect.DeepEqual(s, before) {
+				t.Errorf("%s: %v, %+v", state, err, s)
+			}
+			continue
+		}
+		if err != nil || s.State != want || s.Suspended || s.RestoreCheckpoint != "c1" || !s.UpdateTime.Equal(now) {
+			t.Errorf("%s: %v, %+v", state, err, s)
+		}
+		again := s.Clone()
+		if err := s.Restore("c1", now.Add(time.Hour)); err != nil || !reflect.DeepEqual(s, again) {
+			t.Errorf("%s: asked again: %v, %+v", state, err, s)
+		}
+	}
+}

@@ -32,6 +32,8 @@ type Storage struct {
 	Endpoint string `json:"endpoint,omitempty"`
 	Bucket   string `json:"bucket,omitempty"`
 	Root     string `json:"root,omitempty"`
+	// Region as it was found out where the configuration says `auto`.
+	Region string `json:"region,omitempty"`
 	// S3 is object storage of the session's own; nil: that of the profile.
 	S3 *S3 `json:"s3,omitempty"`
 }

@@ -258,7 +258,10 @@ func (m *fleetMachine) Restore(t *rapid.T) {
 	if s.Deleting || !s.Spec.Storage.Remote() {
 		t.Skip("the API refuses that")
 	}
-	s.RestoreCheckpoint = rapid.SampledFrom([]string{"c1", "c2"}).Draw(t, "checkpoint")
+	if err := s.Restore(rapid.SampledFrom([]string{"c1", "c2"}).Draw(t, "checkpoint"), time.Now()); err != nil {
+		t.Skip(err.Error())
+	}
+	m.gaveUp = s.ID
 	m.update(t, func(tx store.Tx) error { return tx.PutSession(s) })
 }
 

@@ -17,6 +17,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -28,6 +29,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/cloudcode-dev/cloudcode/internal/objstore"
+	"github.com/cloudcode-dev/cloudcode/internal/storage"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/mount"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/mount/fsop"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/mount/mountinfo"
@@ -50,6 +53,16 @@ type Driver interface {
 	Sync(ctx context.Context, m Mounted) error
 	// Words returns what a line of the program's log says, "" for nothing of interest.
 	Words(line string) string
+}
+
+// Region that a mounter is to sign with, "" for the one that it takes by itself.
+func Region(s mount.Spec) string {
+	// "auto" is the name of a region with Tigris and R2 only.
+	u, err := url.Parse(s.Endpoint)
+	if s.Region == "auto" && (err != nil || !storage.IsTigris(s.Endpoint) && !strings.HasSuffix(u.Hostname(), ".r2.cloudflarestorage.com")) {
+		return ""
+	}
+	return s.Region
 }
 
 // Mounted is a mount as drivers see it.
@@ -225,9 +238,35 @@ func (m *Mounter) mount(ctx context.Context, s mount.Spec, keep bool) error {
 			return err
 		}
 	}
+	if err := reachable(ctx, s); err != nil {
+		return err
+	}
 	err = m.start(ctx, program, s)
 	if err != nil && !keep {
 		err = errors.Join(err, m.forget(s.ID))
+	}
+	return err
+}
+
+// reachable looks at the folder in the object store: it has better words for what
+// is wrong than mounters, and some of them mount whatever they are given.
+func reachable(ctx context.Context, s mount.Spec) error {
+	store, err := objstore.Open(objstore.Config{
+		Endpoint: s.Endpoint, Bucket: s.Bucket, AccessKeyID: s.AccessKeyID, SecretAccessKey: s.SecretAccessKey,
+		Region: s.Region, PathStyle: s.PathStyle,
+	})
+	if err == nil {
+		prefix := s.Prefix
+		if prefix != "" {
+			prefix += "/"
+		}
+		for _, err = range store.List(ctx, prefix, "/", "") {
+			break
+		}
+		err = errors.Join(err, objstore.Close(store))
+	}
+	if err != nil && ctx.Err() == nil {
+		return fmt.Errorf("%w: %w", mount.ErrFailed, err)
 	}
 	return err
 }

@@ -113,7 +113,7 @@ func (driver) Command(s mount.Spec, dir string) (args, env []string, err error) 
 	set("ENDPOINT", s.Endpoint)
 	set("ACCESS_KEY_ID", s.AccessKeyID)
 	set("SECRET_ACCESS_KEY", s.SecretAccessKey)
-	set("REGION", s.Region)
+	set("REGION", process.Region(s))
 	set("NO_CHECK_BUCKET", "true") // never makes one
 	return args, env, nil
 }

@@ -95,8 +95,8 @@ func (driver) Command(s mount.Spec, _ string) (args, env []string, err error) {
 		// After an outage, 30 s more by default.
 		"--retry-interval=5s",
 	}
-	if s.Region != "" {
-		args = append(args, "--region="+s.Region)
+	if r := process.Region(s); r != "" {
+		args = append(args, "--region="+r)
 	}
 	// Paths, not host names, whatever PathStyle says: every server knows them, and
 	// that is how TigrisFS is without --subdomain, which may be among the extra ones.

@@ -143,10 +143,14 @@ func printRecovered(cmd *cobra.Command, resp *cloudcodev1.RecoverSessionsRespons
 	}
 	var errs []error
 	for _, f := range resp.GetFailures() {
-		errs = append(errs, &Error{
-			Code: "FAILED_PRECONDITION", Reason: f.GetReason(), Exit: exitError,
-			Msg: oneLine("session " + f.GetSessionId() + " was not recovered: " + f.GetMessage()), Hint: reasonHints[f.GetReason()],
-		})
+		e := &Error{
+			Code: "FAILED_PRECONDITION", Reason: f.GetReason(), Exit: exitError, Hint: reasonHints[f.GetReason()],
+			Msg: oneLine("session " + f.GetSessionId() + " was not recovered: " + f.GetMessage()),
+		}
+		if strings.HasPrefix(f.GetReason(), "SESSION_") { // those hints are about sessions of the fleet
+			e.Hint = "see `cloudcode session recover --dry-run`"
+		}
+		errs = append(errs, e)
 	}
 	return joinErrors(errs)
 }

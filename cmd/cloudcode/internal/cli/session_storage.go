@@ -109,6 +109,44 @@ func (s *storageFlags) ownBucket(stdin io.Reader) (*cloudcodev1.S3Storage, error
 	return out, nil
 }
 
+// keyFlags renew the keys of a session's own bucket. They are not read from the
+// environment: what is there for creates must not change sessions that are.
+type keyFlags struct{ id, secretFile string }
+
+func (k *keyFlags) register(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.StringVar(&k.id, "s3-access-key-id", "", "new access key `ID` for the session's own bucket")
+	f.StringVar(&k.secretFile, "s3-secret-access-key-file", "", "`FILE` with the new secret key for it, - for stdin")
+	SetEnvName(f, "s3-access-key-id", "")
+	SetEnvName(f, "s3-secret-access-key-file", "")
+	_ = cmd.MarkFlagFilename("s3-secret-access-key-file")
+}
+
+func (k *keyFlags) change(stdin io.Reader) (func(*cloudcodev1.Session), []string, error) {
+	var paths []string
+	secret := ""
+	if k.id != "" {
+		paths = append(paths, "spec.storage.s3.access_key_id")
+	}
+	if k.secretFile != "" {
+		var err error
+		if secret, err = readSecretKey(k.secretFile, stdin); err != nil {
+			return nil, nil, err
+		}
+		paths = append(paths, "spec.storage.s3.secret_access_key")
+	}
+	return func(s *cloudcodev1.Session) {
+		s3 := s.GetSpec().GetStorage().GetS3()
+		if s3 == nil {
+			return
+		}
+		if k.id != "" {
+			s3.AccessKeyId = k.id
+		}
+		s3.SecretAccessKey = secret
+	}, paths, nil
+}
+
 // readSecretKey reads the secret key from a file (- is stdin), or takes it from
 // the environment; empty if it is nowhere.
 func readSecretKey(file string, stdin io.Reader) (string, error) {
@@ -211,7 +249,7 @@ func describeStorage(st *cloudcodev1.StorageStatus, now time.Time) []field {
 		{"Storage", where},
 		{"Checkpoint", saved},
 		{"Unsaved since", unsaved},
-		{"Bucket", mount},
+		{"Mount", mount},
 		{"Storage problem", st.GetMessage()},
 	}
 }
@@ -225,10 +263,11 @@ func checkpointText(c *cloudcodev1.Checkpoint) string {
 	if c.GetUploadedBytes() > 0 {
 		out = append(out, formatBytes(c.GetUploadedBytes())+" sent")
 	}
+	text := strings.Join(out, ", ")
 	if c.GetTrigger() != "" {
-		out = append(out, "after "+c.GetTrigger())
+		text += " (" + c.GetTrigger() + ")"
 	}
-	return strings.Join(out, ", ")
+	return text
 }
 
 func plural(n int64, one, more string) string {

@@ -15,11 +15,13 @@ import (
 
 func newSessionUpdateCmd() *cobra.Command {
 	var spec specFlags
+	var keys keyFlags
 	cmd := &cobra.Command{
 		Use:   "update ID",
 		Short: "Change labels, limits, environment or image of a session",
 		Long: `Change a session. Labels and CPU, memory and process limits change while it runs.
-Any other change restarts its container; workspace and chats stay.
+Any other change restarts its container; workspace and chats stay. Where a session is
+kept cannot be changed, but new keys can be given for a bucket of its own.
 
 Labels and variables that are not named stay as they are; NAME- removes one.`,
 		Example: `  cloudcode session update main --memory 4Gi --label team=web --label old-
@@ -27,11 +29,26 @@ Labels and variables that are not named stay as they are; NAME- removes one.`,
 		Args:              args(cobra.ExactArgs(1)),
 		ValidArgsFunction: completeSessions(1),
 		RunE: func(cmd *cobra.Command, a []string) error {
-			change, paths, err := spec.change(cmd)
+			keyChange, keyPaths, err := keys.change(cmd.InOrStdin())
 			if err != nil {
 				return err
 			}
+			specChange, paths, err := spec.change(cmd, len(keyPaths) > 0)
+			if err != nil {
+				return err
+			}
+			paths = append(paths, keyPaths...)
+			change := func(s *cloudcodev1.Session) { specChange(s); keyChange(s) }
 			return withClient(cmd, func(c *client) error {
+				if len(keyPaths) > 0 {
+					s, err := c.getSession(cmd.Context(), a[0])
+					if err != nil {
+						return err
+					}
+					if s.GetSpec().GetStorage().GetS3() == nil {
+						return usagef("session %s has no bucket of its own: its keys are the server's", idOf(s.GetName()))
+					}
+				}
 				s, err := c.updateSession(cmd, a[0], change, paths)
 				if err != nil {
 					return err
@@ -45,11 +62,13 @@ Labels and variables that are not named stay as they are; NAME- removes one.`,
 		},
 	}
 	spec.register(cmd, ", NAME- removes it")
+	keys.register(cmd)
 	return cmd
 }
 
-// change returns what the flags do to a session, and the paths that changes.
-func (s *specFlags) change(cmd *cobra.Command) (func(*cloudcodev1.Session), []string, error) {
+// change returns what the flags do to a session, and the paths that changes. With
+// more, there may be none: other flags change something.
+func (s *specFlags) change(cmd *cobra.Command, more bool) (func(*cloudcodev1.Session), []string, error) {
 	env, noEnv, errEnv := s.environment(true)
 	labels, noLabels, errLabels := keyValues("label", s.labels, true)
 	selector, noSelector, errSelector := keyValues("node-selector", s.selector, true)
@@ -82,8 +101,8 @@ func (s *specFlags) change(cmd *cobra.Command) (func(*cloudcodev1.Session), []st
 	add(given("memory"), "spec.resources.memory_bytes", func(t *cloudcodev1.Session) { t.Spec.Resources.MemoryBytes = s.memory.value })
 	add(given("disk"), "spec.resources.disk_bytes", func(t *cloudcodev1.Session) { t.Spec.Resources.DiskBytes = s.disk.value })
 	add(given("pids"), "spec.resources.pids", func(t *cloudcodev1.Session) { t.Spec.Resources.Pids = s.pids })
-	if len(paths) == 0 {
-		return nil, nil, usagef("nothing to change: name at least one of --label, --image, --env, --env-file, --opencode-config, --node-selector, --cpu, --memory, --disk, --pids")
+	if len(paths) == 0 && !more {
+		return nil, nil, usagef("nothing to change: name at least one of --label, --image, --env, --env-file, --opencode-config, --node-selector, --cpu, --memory, --disk, --pids, --s3-access-key-id, --s3-secret-access-key-file")
 	}
 	return func(t *cloudcodev1.Session) {
 		if t.Spec == nil {

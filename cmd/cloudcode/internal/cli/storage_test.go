@@ -92,7 +92,7 @@ func (f *fleet) ListStorageProfiles(context.Context, *cloudcodev1.ListStoragePro
 
 func (f *fleet) ListStoredSessions(_ context.Context, req *cloudcodev1.ListStoredSessionsRequest) (*cloudcodev1.ListStoredSessionsResponse, error) {
 	if req.GetParent() != "storageProfiles/default" {
-		return nil, grpcerr.New(codes.NotFound, "PROFILE_NOT_FOUND", "there is no storage profile %s", idOf(req.GetParent()))
+		return nil, grpcerr.New(codes.NotFound, "STORAGE_PROFILE_NOT_FOUND", "there is no storage profile %s", idOf(req.GetParent()))
 	}
 	return &cloudcodev1.ListStoredSessionsResponse{Sessions: f.stored}, nil
 }
@@ -364,6 +364,31 @@ func TestCreateWithStorage(t *testing.T) {
 	}
 }
 
+func TestUpdateKeys(t *testing.T) {
+	f := newFleet(t)
+	f.put(stored("main"))
+	own := stored("own")
+	own.Spec.Storage = &cloudcodev1.Storage{S3: &cloudcodev1.S3Storage{Bucket: "b", AccessKeyId: "old"}}
+	f.put(own)
+	// What is there for creates changes nothing that is.
+	t.Setenv("SESSION_S3_ACCESS_KEY_ID", "of the environment")
+	t.Setenv("SESSION_S3_SECRET_ACCESS_KEY", "of the environment")
+	r := f.runWith(invocation{stdin: strings.NewReader("hush\n")}, "session", "update", "own", "--s3-access-key-id", "new", "--s3-secret-access-key-file", "-")
+	if r.code != 0 || strings.Contains(r.out+r.err, "hush") {
+		t.Fatalf("%+v", r)
+	}
+	s3, mask := f.updates[0].GetSession().GetSpec().GetStorage().GetS3(), strings.Join(f.updates[0].GetUpdateMask().GetPaths(), " ")
+	if s3.GetAccessKeyId() != "new" || s3.GetSecretAccessKey() != "hush" || mask != "spec.storage.s3.access_key_id spec.storage.s3.secret_access_key" {
+		t.Errorf("sent %v, %s", s3, mask)
+	}
+	if r := f.run("session", "update", "own", "--pids", "7"); r.code != 0 || f.updates[1].GetSession().GetSpec().GetStorage().GetS3().GetSecretAccessKey() == "of the environment" {
+		t.Errorf("%+v", r)
+	}
+	if r := f.run("session", "update", "main", "--s3-access-key-id", "new"); r.code != exitUsage || !strings.Contains(r.err, "no bucket of its own") {
+		t.Errorf("%+v", r)
+	}
+}
+
 // later moves a session on for those who watch it, once the call is answered.
 func (f *fleet) later(steps ...*cloudcodev1.Session) {
 	f.onWatch = func(_ *cloudcodev1.WatchSessionEventsRequest, s eventStream) error {
@@ -479,7 +504,7 @@ func TestCheckpoint(t *testing.T) {
 	f.put(stored("main"))
 	f.saved = checkpoints()
 	r := f.run("session", "checkpoint", "main")
-	if want := "session main saved: 20261123t115955.000z-aaaa, 63 MiB in 3650 files, 12 KiB sent, after turn\n"; r.code != 0 || r.out != want {
+	if want := "session main saved: 20261123t115955.000z-aaaa, 63 MiB in 3650 files, 12 KiB sent (turn)\n"; r.code != 0 || r.out != want {
 		t.Errorf("%+v", r)
 	}
 	f.saved = f.saved[1:]
@@ -647,7 +672,7 @@ func TestCheckpointedEvent(t *testing.T) {
 		}, end("DELETED"))
 	}
 	r := f.run("session", "events", "main", "--type", "checkpointed")
-	if want := regexp.MustCompile(`^12:00:00\.000 +3-1 +checkpointed +20261123t115955\.000z-aaaa, 63 MiB in 3650 files, 12 KiB sent, after turn\n$`); !want.MatchString(r.out) {
+	if want := regexp.MustCompile(`^12:00:00\.000 +3-1 +checkpointed +20261123t115955\.000z-aaaa, 63 MiB in 3650 files, 12 KiB sent \(turn\)\n$`); !want.MatchString(r.out) {
 		t.Errorf("%+v", r)
 	}
 }
