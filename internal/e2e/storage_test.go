@@ -184,7 +184,7 @@ func TestStaleOwner(t *testing.T) {
 	if newer < 2 {
 		t.Errorf("%d checkpoints of the new owner", newer)
 	}
-	if out := s.a.exec(t, id, "cat kept.txt; ls stale.txt 2>&1"); !strings.HasPrefix(out, "after the move") {
+	if out := s.a.exec(t, id, "cat kept.txt; ls stale.txt 2>&1 || true"); !strings.HasPrefix(out, "after the move") {
 		t.Errorf("the new owner has %q", out)
 	}
 	if got := s.get(t, id); got.GetState() != cloudcodev1.Session_RUNNING || got.GetGeneration() != 2 {
@@ -565,6 +565,14 @@ func TestCheckpoints(t *testing.T) {
 	})
 
 	t.Run("restore", func(t *testing.T) {
+		object := s.root + "/" + id + "/shared/kept.csv"
+		s.store.put(t, object, []byte("1,2,3"))
+		eventually(t, 90*time.Second, "the object is in the session's folder of the bucket", func() string {
+			if out := read(id, "/root/s3/bucket/shared/kept.csv"); out != "1,2,3" {
+				return out
+			}
+			return ""
+		})
 		s.cli(t, "session", "restore", id, "--at", first.GetId(), "--yes", "--wait")
 		s.waitState(t, id, cloudcodev1.Session_RUNNING)
 		if got := read(id, "state.txt"); got != "the first" || !strings.Contains(read(id, "second.txt"), "No such file") {
@@ -588,6 +596,9 @@ func TestCheckpoints(t *testing.T) {
 		})
 		if got := read(id, "state.txt second.txt"); got != "the second\nnew" || messages(id) != all {
 			t.Errorf("undone, state.txt and second.txt are %q, with %d messages of %d", got, messages(id), all)
+		}
+		if got := string(s.store.get(t, object)); got != "1,2,3" {
+			t.Errorf("restores have changed the bucket's folder, which they must leave alone: %q", got)
 		}
 		_, err := s.sessions.RestoreSession(bounded(t, time.Minute), &cloudcodev1.RestoreSessionRequest{Name: "sessions/" + id, Checkpoint: "20200101t000000.000z-none"})
 		if status.Code(err) != codes.NotFound {
