@@ -42,6 +42,11 @@ e2e: ## Test the whole: real containers, real OpenCode, unmodified clients, a br
 	@echo "==> testing end to end"
 	$(GO) test -count=1 -timeout 30m -tags e2e ./internal/e2e/...
 
+.PHONY: crash
+crash: ROUNDS ?= 200
+crash: deps-test ## Kill everything again and again (ROUNDS=200), and print what was lost
+	$(GO) test -v -count=1 -timeout 3h -tags e2e -run '^TestCrash$$' ./internal/e2e/... -crash.rounds $(ROUNDS)
+
 .PHONY: lint
 lint: ## go vet, staticcheck, gofumpt, buf lint and breaking, generated code up to date
 	@scripts/lint.sh
@@ -53,6 +58,7 @@ generate: ## Generate code and documents from the proto files and the command li
 
 .PHONY: bench
 bench: deps build ## Measure, side by side with what one would use instead
+	$(GO) test -count=1 -timeout 30m -run '^$$' -bench . -benchtime 1x ./internal/checkpoint/...
 	$(GO) test -count=1 -timeout 30m -tags e2e -run '^$$' -bench . -benchtime 1x ./internal/e2e/...
 
 .PHONY: clean

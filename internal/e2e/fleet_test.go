@@ -18,6 +18,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -41,21 +42,35 @@ var idPrefix = "e" + strings.ToLower(rand.Text()[:5]) + "-"
 // fleetRunDirs are where the private containerds of this run keep their sockets.
 var fleetRunDirs []string
 
-// fleet is a whole fleet on this machine: as three processes, each with a data
-// folder of its own as if they were on three machines, or `cloudcode up`.
+// fleet is a whole fleet on this machine: as separate processes, each with a data
+// folder of its own as if they were on as many machines, or `cloudcode up`.
 type fleet struct {
-	name                           string
-	serverDir, gatewayDir, nodeDir string
-	grpcAddr, httpAddr             string
-	bridge, subnet, bridgeIP       string
-	anonymous                      bool // no password
+	name                  string
+	serverDir, gatewayDir string
+	grpcAddr, httpAddr    string
+	anonymous             bool // no password
+	ended                 bool
+	serverEnv             []string // more of the server's environment
+	modelIP               string   // where containers of all its nodes find the model
 
-	server, gateway, node *process // all the same for `up`
+	server, gateway *process // and node: all the same for `up`
+
+	*nodeHost             // its node; the first, if there are more
+	hosts     []*nodeHost // all
 
 	http     *http.Client
 	conn     *grpc.ClientConn
 	sessions cloudcodev1.SessionServiceClient
 	nodes    cloudcodev1.NodeServiceClient
+}
+
+// nodeHost is one machine that sessions run on: a node daemon with a disk, a
+// containerd and a network of its own.
+type nodeHost struct {
+	fleet                    *fleet
+	id, nodeDir              string
+	bridge, subnet, bridgeIP string
+	node                     *process
 }
 
 // freePort returns one that was free a moment ago. Processes that are killed and
@@ -95,16 +110,18 @@ func freeSubnet(tb testing.TB) (subnet, first string) {
 
 func newFleet(tb testing.TB, name string) *fleet {
 	tb.Helper()
-	f := &fleet{name: name, bridge: bridgePrefix + strings.ToLower(rand.Text()[:6])}
-	f.subnet, f.bridgeIP = freeSubnet(tb)
+	f := &fleet{name: name}
+	work.fleets = append(work.fleets, f)
 	f.grpcAddr, f.httpAddr = "127.0.0.1:"+freePort(tb), "127.0.0.1:"+freePort(tb)
 	dir := filepath.Join(work.dir, name)
-	f.serverDir, f.gatewayDir, f.nodeDir = filepath.Join(dir, "s"), filepath.Join(dir, "g"), filepath.Join(dir, "n")
-	for _, d := range []string{f.serverDir, f.gatewayDir, f.nodeDir} {
+	f.serverDir, f.gatewayDir = filepath.Join(dir, "s"), filepath.Join(dir, "g")
+	for _, d := range []string{f.serverDir, f.gatewayDir} {
 		if err := os.MkdirAll(d, 0o755); err != nil {
 			tb.Fatal(err)
 		}
 	}
+	f.nodeHost = f.addHost(tb, "n")
+	f.id, f.modelIP = "node-"+name, f.bridgeIP
 	f.http = &http.Client{Transport: &http.Transport{
 		// {id}.localhost is this machine wherever names are resolved; in Go it is not.
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -115,6 +132,21 @@ func newFleet(tb testing.TB, name string) *fleet {
 	return f
 }
 
+// addHost makes a machine without starting its node daemon.
+func (f *fleet) addHost(tb testing.TB, name string) *nodeHost {
+	tb.Helper()
+	h := &nodeHost{
+		fleet: f, id: "node-" + f.name + "-" + name,
+		nodeDir: filepath.Join(work.dir, f.name, name), bridge: bridgePrefix + strings.ToLower(rand.Text()[:6]),
+	}
+	h.subnet, h.bridgeIP = freeSubnet(tb)
+	if err := os.MkdirAll(h.nodeDir, 0o755); err != nil {
+		tb.Fatal(err)
+	}
+	f.hosts = append(f.hosts, h)
+	return h
+}
+
 func (f *fleet) auth() []string {
 	if f.anonymous {
 		return nil
@@ -122,11 +154,11 @@ func (f *fleet) auth() []string {
 	return []string{"SERVER_USERNAME=" + user, "SERVER_PASSWORD=" + password, "CLOUDCODE_LOG_LEVEL=" + logLevel()}
 }
 
-func (f *fleet) nodeFlags() []string {
-	return []string{"--node-id", f.nodeID(), "--bridge", f.bridge, "--subnet", f.subnet, "--libexec-dir", work.libexec}
+func (h *nodeHost) nodeFlags() []string {
+	return []string{"--node-id", h.id, "--bridge", h.bridge, "--subnet", h.subnet, "--libexec-dir", work.libexec}
 }
 
-func (f *fleet) nodeID() string { return "node-" + f.name }
+func (h *nodeHost) nodeID() string { return h.id }
 
 // threeProcesses sets up server, gateway and node daemon, and starts them.
 func threeProcesses(tb testing.TB, name string) *fleet {
@@ -138,20 +170,30 @@ func threeProcesses(tb testing.TB, name string) *fleet {
 	return f
 }
 
-// startMembers starts gateway and node daemon, which join with the fleet's token.
+// startMembers starts gateway and node daemons, which join with the fleet's token.
 func (f *fleet) startMembers(tb testing.TB) {
 	tb.Helper()
 	token, err := os.ReadFile(filepath.Join(f.serverDir, "pki", "join-token"))
 	if err != nil {
 		tb.Fatal(err)
 	}
-	join := "CLOUDCODE_JOIN_TOKEN=" + strings.TrimSpace(string(token))
-	f.gateway = newProcess(filepath.Dir(f.serverDir), "gateway", append(f.auth(), join), f.gatewayArgs(f.httpAddr)...)
-	f.node = newProcess(filepath.Dir(f.serverDir), "nodeagent", append(f.auth(), join),
-		append([]string{"nodeagent", "--data-dir", f.nodeDir, "--server", f.grpcAddr}, f.nodeFlags()...)...)
-	f.noteRunDir()
+	env := append(f.auth(), "CLOUDCODE_JOIN_TOKEN="+strings.TrimSpace(string(token)))
+	f.gateway = newProcess(filepath.Dir(f.serverDir), "gateway", env, f.gatewayArgs(f.httpAddr)...)
 	f.gateway.start(tb)
-	f.node.start(tb)
+	for _, h := range f.hosts {
+		h.start(tb, env)
+	}
+}
+
+// start starts the node daemon for the first time. The node's label `host` is
+// the machine's name, for sessions that ask for it.
+func (h *nodeHost) start(tb testing.TB, env []string) {
+	tb.Helper()
+	name := filepath.Base(h.nodeDir)
+	h.node = newProcess(filepath.Dir(h.nodeDir), "nodeagent-"+name, env,
+		append([]string{"nodeagent", "--data-dir", h.nodeDir, "--server", h.fleet.grpcAddr, "--node-label", "host=" + name}, h.nodeFlags()...)...)
+	h.noteRunDir()
+	h.node.start(tb)
 }
 
 func (f *fleet) gatewayArgs(listen string) []string {
@@ -159,14 +201,16 @@ func (f *fleet) gatewayArgs(listen string) []string {
 }
 
 // noteRunDir remembers where the private containerd of the node keeps its socket.
-func (f *fleet) noteRunDir() {
-	sum := sha256.Sum256([]byte(filepath.Join(f.nodeDir, "node", "containerd")))
-	fleetRunDirs = append(fleetRunDirs, filepath.Join("/run/cloudcode", hex.EncodeToString(sum[:4])))
+func (h *nodeHost) noteRunDir() { fleetRunDirs = append(fleetRunDirs, h.runDir()) }
+
+func (h *nodeHost) runDir() string {
+	sum := sha256.Sum256([]byte(filepath.Join(h.nodeDir, "node", "containerd")))
+	return filepath.Join("/run/cloudcode", hex.EncodeToString(sum[:4]))
 }
 
 func (f *fleet) startServer(tb testing.TB) {
 	tb.Helper()
-	f.server = newProcess(filepath.Dir(f.serverDir), "server", f.auth(), "server", "--data-dir", f.serverDir, "--grpc-listen", f.grpcAddr)
+	f.server = newProcess(filepath.Dir(f.serverDir), "server", append(f.auth(), f.serverEnv...), "server", "--data-dir", f.serverDir, "--grpc-listen", f.grpcAddr)
 	f.server.start(tb)
 	f.dial(tb)
 }
@@ -246,11 +290,19 @@ func (f *fleet) dialAs(tb testing.TB, pool *x509.CertPool, authorization string)
 
 func (f *fleet) caFile() string { return filepath.Join(f.serverDir, "pki", "ca.crt") }
 
-// waitReady returns once the gateway is connected and the node is ready.
+// processes are those that were made, nodes first.
+func (f *fleet) processes() (list []*process) {
+	for _, h := range f.hosts {
+		list = append(list, h.node)
+	}
+	return slices.DeleteFunc(append(list, f.gateway, f.server), func(p *process) bool { return p == nil })
+}
+
+// waitReady returns once the gateway is connected and the nodes are ready.
 func (f *fleet) waitReady(tb testing.TB) {
 	tb.Helper()
 	eventually(tb, 30*time.Second, "fleet "+f.name+" gets ready", func() string {
-		for _, p := range []*process{f.server, f.gateway, f.node} {
+		for _, p := range f.processes() {
 			if !p.running() {
 				tb.Fatalf("%s has ended: %v\n%s", p.name, p.err, p.tail(40))
 			}
@@ -258,7 +310,12 @@ func (f *fleet) waitReady(tb testing.TB) {
 		if missing := f.gatewayReady(); missing != "" {
 			return missing
 		}
-		return f.nodeReady()
+		for _, h := range f.hosts {
+			if missing := h.nodeReady(); missing != "" {
+				return missing
+			}
+		}
+		return ""
 	})
 }
 
@@ -275,10 +332,10 @@ func (f *fleet) gatewayReady() string {
 	return ""
 }
 
-func (f *fleet) nodeReady() string {
+func (h *nodeHost) nodeReady() string {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
-	n, err := f.nodes.GetNode(ctx, &cloudcodev1.GetNodeRequest{Name: "nodes/" + f.nodeID()})
+	n, err := h.fleet.nodes.GetNode(ctx, &cloudcodev1.GetNodeRequest{Name: "nodes/" + h.nodeID()})
 	if err != nil {
 		return "node: " + err.Error()
 	}
@@ -295,13 +352,13 @@ func (f *fleet) cli(tb testing.TB, args ...string) string {
 }
 
 // importImage brings the session image to the node.
-func (f *fleet) importImage(tb testing.TB) {
+func (h *nodeHost) importImage(tb testing.TB) {
 	tb.Helper()
 	res, err := sessionImage()
 	if err != nil {
 		tb.Fatal(err)
 	}
-	out := mustRun(tb, 3*time.Minute, cleanEnv(), work.bin, "image", "import", "--data-dir", f.nodeDir, res.Path)
+	out := mustRun(tb, 3*time.Minute, cleanEnv(), work.bin, "image", "import", "--data-dir", h.nodeDir, res.Path)
 	if !strings.Contains(out, res.Ref) {
 		tb.Fatalf("image import does not name %s:\n%s", res.Ref, out)
 	}
@@ -320,9 +377,9 @@ func (f *fleet) host(session string) string {
 }
 
 // containerPID asks containerd for the session's first process.
-func (f *fleet) containerPID(tb testing.TB, session string) string {
+func (h *nodeHost) containerPID(tb testing.TB, session string) string {
 	tb.Helper()
-	out := mustRun(tb, 20*time.Second, cleanEnv(), filepath.Join(work.libexec, "ctr"), "-a", f.containerd(tb), "-n", "cloudcode", "task", "ls")
+	out := mustRun(tb, 20*time.Second, cleanEnv(), filepath.Join(work.libexec, "ctr"), "-a", h.containerd(tb), "-n", "cloudcode", "task", "ls")
 	for line := range strings.Lines(out) {
 		if w := strings.Fields(line); len(w) == 3 && w[0] == session && w[2] == "RUNNING" {
 			return w[1]
@@ -332,9 +389,9 @@ func (f *fleet) containerPID(tb testing.TB, session string) string {
 	return ""
 }
 
-func (f *fleet) containerd(tb testing.TB) string {
+func (h *nodeHost) containerd(tb testing.TB) string {
 	tb.Helper()
-	b, err := os.ReadFile(filepath.Join(f.nodeDir, "node", nodeagent.ContainerdAddressFile))
+	b, err := os.ReadFile(filepath.Join(h.nodeDir, "node", nodeagent.ContainerdAddressFile))
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -342,9 +399,9 @@ func (f *fleet) containerd(tb testing.TB) string {
 }
 
 // hostFile is where the node keeps a file of the session's project folder.
-func (f *fleet) hostFile(tb testing.TB, session, file string) string {
+func (h *nodeHost) hostFile(tb testing.TB, session, file string) string {
 	tb.Helper()
-	found, err := filepath.Glob(filepath.Join(f.nodeDir, "node", "volumes", session+"*", "data", "s3", "workspace", "project", file))
+	found, err := filepath.Glob(filepath.Join(h.nodeDir, "node", "volumes", session+"*", "data", "s3", "workspace", "project", file))
 	if err != nil || len(found) != 1 {
 		tb.Fatalf("%s of session %s on the node: %v %v", file, session, found, err)
 	}
@@ -356,10 +413,8 @@ func (f *fleet) hostFile(tb testing.TB, session, file string) string {
 func (f *fleet) endAfter(t *testing.T) {
 	t.Cleanup(func() {
 		if t.Failed() {
-			for _, p := range []*process{f.server, f.gateway, f.node} {
-				if p != nil {
-					t.Log(p.tail(40))
-				}
+			for _, p := range f.processes() {
+				t.Log(p.tail(40))
 			}
 		}
 		if err := f.end(); err != nil {
@@ -370,55 +425,62 @@ func (f *fleet) endAfter(t *testing.T) {
 
 // end stops all processes and removes what they made on this machine.
 func (f *fleet) end() error {
-	if f == nil {
+	if f.ended {
 		return nil
 	}
+	f.ended = true
 	var errs []error
 	if f.conn != nil {
 		errs = append(errs, f.conn.Close())
 	}
 	f.http.CloseIdleConnections()
-	for _, p := range []*process{f.node, f.gateway, f.server} {
-		if p != nil {
-			errs = append(errs, p.stop())
-			if work.keep != "" {
-				_ = os.WriteFile(filepath.Join(work.keep, f.name+"-"+filepath.Base(p.log)), []byte(p.output()), 0o644)
-			}
+	for _, p := range f.processes() {
+		errs = append(errs, p.stop())
+		if work.keep != "" {
+			_ = os.WriteFile(filepath.Join(work.keep, f.name+"-"+filepath.Base(p.log)), []byte(p.output()), 0o644)
 		}
 	}
-	if f.node != nil && f.node.cmd != nil {
-		errs = append(errs, f.teardown())
+	for _, h := range f.hosts {
+		if h.node != nil && h.node.cmd != nil {
+			errs = append(errs, h.teardown())
+		}
 	}
 	return errors.Join(errs...)
 }
 
 // teardown adopts what the node daemon left running, and ends it.
-func (f *fleet) teardown() error {
+func (h *nodeHost) teardown() error {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
 	agent, err := nodeagent.New(nodeagent.Config{
-		Dir: filepath.Join(f.nodeDir, "node"), NodeID: f.nodeID(), Server: f.grpcAddr,
+		Dir: filepath.Join(h.nodeDir, "node"), NodeID: h.nodeID(), Server: h.fleet.grpcAddr,
 		JoinToken:  func() (string, error) { return "", errors.New("the fleet ends") },
-		LibexecDir: work.libexec, BridgeName: f.bridge, Subnet: f.subnet, Executable: work.bin, Version: "teardown",
+		LibexecDir: work.libexec, BridgeName: h.bridge, Subnet: h.subnet, Executable: work.bin, Version: "teardown",
 	})
 	if err != nil {
 		return err
 	}
 	if err := agent.Start(ctx); err != nil {
-		return fmt.Errorf("teardown of %s: %w", f.name, err)
+		return fmt.Errorf("teardown of %s: %w", h.id, err)
 	}
 	return agent.Teardown(ctx, func(string) {})
 }
 
-// sharedFleet is what most tests use: it has the session image.
-var sharedFleet sharedFleetT
+// endFleets ends those that no test has ended: shared ones, and what a failed
+// start left.
+func endFleets() error {
+	var errs []error
+	for _, f := range work.fleets {
+		errs = append(errs, f.end())
+	}
+	return errors.Join(errs...)
+}
 
-type sharedFleetT struct {
+// sharedFleet is what most tests use: it has the session image.
+var sharedFleet struct {
 	once  sync.Once
 	fleet *fleet
 }
-
-func (s *sharedFleetT) end() error { return s.fleet.end() }
 
 // shared returns the fleet that most tests use, whole: a test that kills one of
 // its processes starts it again.
@@ -436,7 +498,7 @@ func shared(tb testing.TB) *fleet {
 	f := sharedFleet.fleet
 	tb.Cleanup(func() {
 		if tb.Failed() {
-			for _, p := range []*process{f.server, f.gateway, f.node} {
+			for _, p := range f.processes() {
 				tb.Log(p.tail(40))
 			}
 		}
@@ -468,7 +530,7 @@ func (f *fleet) create(tb testing.TB, name string, spec *cloudcodev1.SessionSpec
 		spec = &cloudcodev1.SessionSpec{}
 	}
 	if spec.OpencodeConfig == "" {
-		spec.OpencodeConfig = model(tb).config(f.bridgeIP)
+		spec.OpencodeConfig = model(tb).config(f.modelIP)
 	}
 	s, err := f.sessions.CreateSession(bounded(tb, 20*time.Second), &cloudcodev1.CreateSessionRequest{
 		SessionId: idPrefix + name, Session: &cloudcodev1.Session{Spec: spec},

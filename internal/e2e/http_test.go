@@ -17,6 +17,7 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protojson"
 
 	cloudcodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/v1"
 )
@@ -109,8 +110,8 @@ type message struct {
 		Error    json.RawMessage
 	}
 	Parts []struct {
-		Type, Text, Tool string
-		State            struct {
+		ID, Type, Text, Tool string
+		State                struct {
 			Status, Output string
 			Input          json.RawMessage
 		}
@@ -195,8 +196,11 @@ func (o *openCode) tools(tb testing.TB, chat string) (names []string) {
 
 // event is one of a session, however it came.
 type event struct {
-	id, kind string // kind: lifecycle, opencode, gap, end
-	data     string // the frame of OpenCode, or the message as JSON (SSE only)
+	id, kind string    // kind: lifecycle, opencode, gap, checkpointed, end
+	data     string    // the frame of OpenCode, or the message as JSON (by gRPC: of checkpointed only)
+	at       time.Time // when it came
+
+	session *cloudcodev1.Session // of a lifecycle event by gRPC
 }
 
 // isIdle says whether the chat's turn has ended.
@@ -222,6 +226,7 @@ func (w *watcher) add(e event) {
 		w.beats++
 		return
 	}
+	e.at = time.Now()
 	w.events = append(w.events, e)
 }
 
@@ -406,7 +411,10 @@ func (w *watcher) addProto(e *cloudcodev1.SessionEvent) {
 	out := event{id: e.GetId()}
 	switch v := e.GetEvent().(type) {
 	case *cloudcodev1.SessionEvent_Lifecycle:
-		out.kind = "lifecycle"
+		out.kind, out.session = "lifecycle", v.Lifecycle.GetSession()
+	case *cloudcodev1.SessionEvent_Checkpointed:
+		b, _ := protojson.Marshal(v.Checkpointed)
+		out.kind, out.data = "checkpointed", string(b)
 	case *cloudcodev1.SessionEvent_Opencode:
 		out.kind, out.data = "opencode", v.Opencode.GetFrame()
 	case *cloudcodev1.SessionEvent_Gap:

@@ -37,6 +37,8 @@ var work struct {
 	dir     string // of this run; removed at its end
 	keep    string // where to leave logs and screenshots; may be empty
 	bin     string // cloudcode, freshly built
+	fleets  []*fleet
+	stores  []*store
 	why     string // why the tests cannot run here; empty if they can
 }
 
@@ -49,7 +51,10 @@ func testMain(m *testing.M) int {
 	}
 	before := machineNow()
 	code := m.Run()
-	errs := []error{sharedFleet.end()}
+	errs := []error{endFleets()}
+	for _, s := range work.stores {
+		s.stop()
+	}
 	if sharedModel.model != nil {
 		sharedModel.model.close()
 	}

@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -20,6 +21,8 @@ import (
 //	write FILE TEXT   calls OpenCode's write tool, then its bash tool, then answers
 //	bash COMMAND      calls OpenCode's bash tool, then answers with what came back
 //	slow KEY N        answers in N parts; each waits for release(KEY)
+//	work KEY N        N times streams a line and then calls the bash tool, which
+//	                  writes a numbered file and commits it (see workStep)
 //	anything else     is answered with "You said: …"
 //
 // Requests without tools ask for a chat's title and get one.
@@ -156,7 +159,8 @@ func (r modelRequest) prompt() (text string, results []string) {
 type answer struct {
 	parts []string        // of its text
 	gate  <-chan struct{} // waited for before each part; nil: none
-	tool  string
+	pace  time.Duration   // between parts
+	tool  string          // called behind the text
 	args  map[string]any
 }
 
@@ -193,8 +197,30 @@ func (m *stubModel) script(r modelRequest) answer {
 			a.parts = append(a.parts, fmt.Sprintf("part%d ", i+1))
 		}
 		return a
+	case "work":
+		key, count, _ := strings.Cut(rest, " ")
+		n, _ := strconv.Atoi(count)
+		i := len(results) + 1
+		if i > n {
+			return answer{parts: []string{"Worked ", key}}
+		}
+		a := bash(workStep(key, i))
+		a.pace = 40 * time.Millisecond
+		for w := range 5 {
+			a.parts = append(a.parts, fmt.Sprintf("%s/%d.%d ", key, i, w))
+		}
+		return a
 	}
 	return answer{parts: []string{"You said: ", line}}
+}
+
+// workStep is what step i of `work KEY N` runs: a file that holds its number and
+// the time, a file that every step changes, and a commit of both. Whoever finds
+// the commit must find the files.
+func workStep(key string, i int) string {
+	return fmt.Sprintf(`set -e; test -d work/.git || git init -q work; cd work
+t=$(date +%%s.%%N); echo "%[1]s %[2]d $t" > %[1]s-%[2]d.txt; echo "%[1]s %[2]d $t" >> log.txt
+git add -A; git -c user.name=agent -c user.email=agent@example.com commit -qm "%[1]s %[2]d"; echo "done %[1]s %[2]d $t"`, key, i)
 }
 
 // slowAnswer is what a whole slow answer of n parts reads.
@@ -230,8 +256,24 @@ func (m *stubModel) complete(w http.ResponseWriter, r *http.Request) {
 	if req.Stream {
 		send, done = m.stream(w)
 	}
+	text := func() bool {
+		for i, part := range a.parts {
+			var pace <-chan time.Time
+			if i > 0 && a.pace > 0 {
+				pace = time.After(a.pace)
+			}
+			if !received(r.Context(), a.gate) || !received(r.Context(), pace) {
+				return false
+			}
+			send(map[string]any{"role": "assistant", "content": part}, "")
+		}
+		return true
+	}
 	if a.tool != "" {
 		args, _ := json.Marshal(a.args)
+		if req.Stream && !text() {
+			return
+		}
 		send(map[string]any{"role": "assistant", "tool_calls": []any{map[string]any{
 			"index": 0, "id": id, "type": "function",
 			"function": map[string]any{"name": a.tool, "arguments": string(args)},
@@ -243,17 +285,22 @@ func (m *stubModel) complete(w http.ResponseWriter, r *http.Request) {
 		send(map[string]any{"role": "assistant", "content": strings.Join(a.parts, "")}, "stop")
 		return
 	}
-	for _, part := range a.parts {
-		if a.gate != nil {
-			select {
-			case <-a.gate:
-			case <-r.Context().Done():
-				return
-			}
-		}
-		send(map[string]any{"role": "assistant", "content": part}, "")
+	if text() {
+		done("stop")
 	}
-	done("stop")
+}
+
+// received waits for c unless it is nil, and returns false if ctx ends first.
+func received[T any](ctx context.Context, c <-chan T) bool {
+	if c == nil {
+		return true
+	}
+	select {
+	case <-c:
+		return true
+	case <-ctx.Done():
+		return false
+	}
 }
 
 func (m *stubModel) chunk(object, field string, message map[string]any, reason string) []byte {

@@ -137,7 +137,8 @@ func cleanEnv(extra ...string) []string {
 	var env []string
 	for _, kv := range os.Environ() {
 		switch name, _, _ := strings.Cut(kv, "="); {
-		case strings.HasPrefix(name, "CLOUDCODE_"), strings.HasPrefix(name, "SERVER_"), strings.HasPrefix(name, "OPENCODE_"):
+		case strings.HasPrefix(name, "CLOUDCODE_"), strings.HasPrefix(name, "SERVER_"), strings.HasPrefix(name, "OPENCODE_"),
+			strings.HasPrefix(name, "S3_"), strings.HasPrefix(name, "AWS_"), strings.HasPrefix(name, "TIGRISFS_"):
 		case strings.HasSuffix(strings.ToLower(name), "_proxy"):
 		default:
 			env = append(env, kv)
