@@ -99,10 +99,14 @@ func (t Tree) Extract(ctx context.Context, rel string, r io.Reader) (files, byte
 			if err := dir.Link(from, name); err != nil {
 				return files, bytes, fmt.Errorf("%w: entry %q: %w", ErrInvalid, h.Name, err)
 			}
+		case tar.TypeFifo:
+			if err := sub.pipe(name, h); err != nil {
+				return files, bytes, err
+			}
 		case tar.TypeXGlobalHeader:
 			continue
 		default:
-			return files, bytes, fmt.Errorf("%w: entry %q is a device, pipe or of another kind that a session cannot have", ErrInvalid, h.Name)
+			return files, bytes, fmt.Errorf("%w: entry %q is a device or of another kind that a session cannot have", ErrInvalid, h.Name)
 		}
 		files++
 	}
@@ -143,6 +147,21 @@ func (t Tree) file(name string, h *tar.Header, r io.Reader) (int64, error) {
 		return n, err
 	}
 	return n, t.times(name, h)
+}
+
+func (t Tree) pipe(name string, h *tar.Header) error {
+	if err := t.replace(name); err != nil {
+		return err
+	}
+	dir, err := t.Root.Open(path.Dir(name))
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	if err := t.meta(unix.Mknodat(int(dir.Fd()), path.Base(name), unix.S_IFIFO|uint32(h.Mode&0o777), 0)); err != nil {
+		return err
+	}
+	return t.meta(t.Root.Lchown(name, t.outside(h.Uid), t.outside(h.Gid)))
 }
 
 func (t Tree) settle(name string, h *tar.Header) error {
