@@ -21,6 +21,7 @@ import (
 const (
 	attachTimeout  = 30 * time.Second
 	abandonTimeout = 10 * time.Second
+	mountAgain     = time.Minute // after a mount that failed, of a session that runs without it
 	// seedTimeout bounds the copy of OpenCode's data out of a bucket that the original
 	// project wrote.
 	seedTimeout = 10 * time.Minute
@@ -74,32 +75,75 @@ func (s *Session) mountBucket(ctx context.Context) error {
 	}
 	s.p.Progress("mount", "mounting the bucket with "+s.mounter.Name(), 0, 0)
 	s.setStatus(func(st *cloudcodev1.StorageStatus) { st.Mounter = s.mounter.Name() })
-	if err := s.mounter.Mount(ctx, s.mountSpec()); err != nil {
-		if s.mountMode() {
-			return err
-		}
-		s.mountChanged(cloudcodev1.StorageStatus_MOUNT_FAILED, err)
-	} else {
-		s.mountChanged(cloudcodev1.StorageStatus_MOUNTED, nil)
+	s.supervisor = &mount.Supervisor{
+		Mounter: s.mounter, Spec: s.mountSpec(), Log: s.log, Remounted: s.Attach,
+		OnChange: func(state mount.State, message string) {
+			s.mountChanged(map[mount.State]cloudcodev1.StorageStatus_MountState{
+				mount.Mounted: cloudcodev1.StorageStatus_MOUNTED, mount.Remounting: cloudcodev1.StorageStatus_REMOUNTING,
+				mount.Failed: cloudcodev1.StorageStatus_MOUNT_FAILED,
+			}[state], message)
+		},
 	}
-	if s.mountMode() {
-		if err := s.seed(ctx); err != nil {
-			return err
-		}
+	err := s.supervisor.Start(ctx)
+	switch {
+	case s.mountMode() && err == nil:
+		err = s.seed(ctx)
+	case !s.mountMode() && err != nil:
+		s.mountChanged(cloudcodev1.StorageStatus_MOUNT_FAILED, err.Error())
+		s.mountLater(ctx)
+		err = nil
 	}
-	s.supervise()
-	return nil
+	if err != nil {
+		s.stopSupervising()
+	}
+	return err
 }
 
-// mountChanged puts the state of the mount into the status.
-func (s *Session) mountChanged(state cloudcodev1.StorageStatus_MountState, err error) {
+// mountLater tries until the bucket is mounted, for a session that runs without it.
+func (s *Session) mountLater(ctx context.Context) {
+	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	s.cancelLater = cancel
+	s.later.Go(func() {
+		for {
+			select {
+			case <-time.After(mountAgain):
+			case <-ctx.Done():
+				return
+			}
+			err := s.supervisor.Start(ctx)
+			if err == nil {
+				err = s.Attach(ctx)
+			}
+			if err == nil || ctx.Err() != nil {
+				return
+			}
+			s.mountChanged(cloudcodev1.StorageStatus_MOUNT_FAILED, err.Error())
+		}
+	})
+}
+
+// stopSupervising leaves the mount as it is.
+func (s *Session) stopSupervising() {
+	s.stopLater()
+	if s.supervisor != nil {
+		s.supervisor.Stop()
+	}
+}
+
+func (s *Session) stopLater() {
+	if s.cancelLater != nil {
+		s.cancelLater()
+		s.later.Wait()
+	}
+}
+
+// mountChanged puts the state of the mount into the status. That changes cannot be
+// saved is the more important message.
+func (s *Session) mountChanged(state cloudcodev1.StorageStatus_MountState, message string) {
 	s.setStatus(func(st *cloudcodev1.StorageStatus) {
 		st.MountState = state
-		switch {
-		case err != nil && st.GetUnsavedSince() == nil:
-			st.Message = "the bucket's mount: " + err.Error()
-		case err == nil && st.GetUnsavedSince() == nil:
-			st.Message = ""
+		if st.GetUnsavedSince() == nil {
+			st.Message = message
 		}
 	})
 }
@@ -210,7 +254,7 @@ func (s *Session) Attach(ctx context.Context) error {
 	}
 	err := mount.AttachTree(ctx, v.MountDir, s.point(), over)
 	if err != nil && !s.mountMode() {
-		s.mountChanged(cloudcodev1.StorageStatus_MOUNT_FAILED, err)
+		s.mountChanged(cloudcodev1.StorageStatus_MOUNT_FAILED, err.Error())
 		return nil
 	}
 	return err
@@ -231,8 +275,13 @@ func (s *Session) abandonBucket(ctx context.Context) error {
 	if s.mounter == nil {
 		return nil
 	}
+	s.stopLater()
 	// The mounter first: it writes once more when it is unmounted.
-	return errors.Join(s.mounter.Abandon(ctx, mountID(s.p.Volume)), mount.Detach(s.point()))
+	abandon := func(ctx context.Context) error { return s.mounter.Abandon(ctx, mountID(s.p.Volume)) }
+	if s.supervisor != nil {
+		abandon = s.supervisor.Abandon
+	}
+	return errors.Join(abandon(ctx), mount.Detach(s.point()))
 }
 
 // Drop ends the mount of a volume whose session is no longer this node's, without

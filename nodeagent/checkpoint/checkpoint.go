@@ -166,7 +166,12 @@ type Session struct {
 	store   objstore.Store
 	repo    *checkpoint.Session
 	mounter mount.Mounter // nil: nothing is mounted
-	log     *slog.Logger
+	// supervisor looks after the mount; nil if nothing is mounted. later is what mounts
+	// when that has failed at first.
+	supervisor  *mount.Supervisor
+	later       sync.WaitGroup
+	cancelLater context.CancelFunc
+	log         *slog.Logger
 
 	requests chan request
 	activity activity

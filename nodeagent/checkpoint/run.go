@@ -144,8 +144,12 @@ func (s *Session) save(ctx context.Context, trigger string, freeze func(context.
 			st.UnsavedSince, st.Message = nil, ""
 		}
 	})
+	stats := s.writer.Stats()
 	if info.Unchanged {
-		s.look = s.writer.Stats().Total
+		s.look = stats.Total
+	} else {
+		s.log.Debug("session saved", "checkpoint", info.ID, "trigger", trigger, "files", info.Files, "bytes", info.Bytes,
+			"sent", info.UploadedBytes, "frozen", stats.Frozen, "took", stats.Total)
 	}
 	return info, nil
 }
@@ -312,7 +316,6 @@ func (s *Session) Close() {
 
 // Abandon is Close that also drops the mount and what was not written by it.
 func (s *Session) Abandon(ctx context.Context) error {
-	s.stopSupervising()
 	err := s.abandonBucket(ctx)
 	s.Close()
 	return err

@@ -1,4 +1,0 @@
-package checkpoint
-
-func (s *Session) supervise()       {}
-func (s *Session) stopSupervising() {}
