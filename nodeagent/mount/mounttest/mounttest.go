@@ -30,8 +30,11 @@ type Suite struct {
 	New func(t testing.TB, dir string) (m mount.Mounter, close func())
 	// Perms: modes of files are kept while mounted.
 	Perms bool
-	// KeepsUnwritten: Remount writes what a dead mounter had not.
-	KeepsUnwritten bool
+	// OpenFiles: Sync writes what is in files that are open.
+	OpenFiles bool
+	// KeptUnwritten says, for a Remounter that keeps unwritten files on disk, whether
+	// one is there in a mount's state folder; nil if there is none.
+	KeptUnwritten func(dir, name string) error
 	// Recovers is how long it may take to upload again after an outage.
 	Recovers time.Duration
 }
@@ -55,11 +58,11 @@ func Run(t *testing.T, s Suite) {
 	s3 := s3test.Start(t, s3test.Options{})
 	for name, test := range map[string]func(*env){
 		"files":               testFiles,
+		"open file":           testOpenFile,
 		"many files":          testManyFiles,
 		"unmount waits":       testUnmountWaits,
 		"adoption":            testAdoption,
 		"another spec":        testAnotherSpec,
-		"killed mounter":      testKilled,
 		"hung mounter":        testHung,
 		"abandon":             testAbandon,
 		"busy":                testBusy,
@@ -69,6 +72,7 @@ func Run(t *testing.T, s Suite) {
 	} {
 		t.Run(name, func(t *testing.T) { test(newEnv(t, s, s3)) })
 	}
+	t.Run("killed mounter", func(t *testing.T) { testKilled(newEnv(t, s, s3test.Start(t, s3test.Options{}))) })
 	t.Run("object store away", func(t *testing.T) { testStoreAway(newEnv(t, s, s3test.Start(t, s3test.Options{}))) })
 	t.Run("object store hangs", func(t *testing.T) { testStoreHangs(newEnv(t, s, s3test.Start(t, s3test.Options{}))) })
 }
@@ -95,7 +99,6 @@ const (
 func newEnv(t *testing.T, s Suite, s3 *s3test.Server) *env {
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	t.Cleanup(cancel)
-	before := points(t)
 	fds := descriptors(t)
 	e := &env{T: t, suite: s, s3: s3, ctx: ctx, dir: filepath.Join(t.TempDir(), "state")}
 	name := strings.Map(func(r rune) rune {
@@ -126,9 +129,9 @@ func newEnv(t *testing.T, s Suite, s3 *s3test.Server) *env {
 		if left, _ := os.ReadDir(e.dir); len(left) != 0 {
 			t.Errorf("left in the state folder: %v", left)
 		}
-		e.eventually("all mounts are gone", func() error {
-			if now := points(t); !slices.Equal(before, now) {
-				return fmt.Errorf("mounts before: %q, now: %q", before, now)
+		e.eventually("all mounts and processes are gone", func() error {
+			if left := append(points(t), e.processes()...); len(left) > 0 {
+				return fmt.Errorf("left: %q", left)
 			}
 			return nil
 		})
@@ -144,6 +147,7 @@ func newEnv(t *testing.T, s Suite, s3 *s3test.Server) *env {
 
 func tail(b []byte, n int) []byte { return b[max(0, len(b)-n):] }
 
+// points are the mounts below the test's folders.
 func points(t testing.TB) []string {
 	all, err := mountinfo.All()
 	if err != nil {
@@ -151,10 +155,25 @@ func points(t testing.TB) []string {
 	}
 	var p []string
 	for _, m := range all {
-		p = append(p, m.Point)
+		if strings.HasPrefix(m.Point, filepath.Dir(t.TempDir())) {
+			p = append(p, m.Point)
+		}
 	}
-	slices.Sort(p)
 	return p
+}
+
+// processes are those that have the mount point among their arguments.
+func (e *env) processes() []string {
+	names, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	e.must(err)
+	var left []string
+	for _, name := range names {
+		line, err := os.ReadFile(name)
+		if err == nil && bytes.Contains(line, []byte(e.spec.Point)) {
+			left = append(left, string(bytes.ReplaceAll(line, []byte{0}, []byte(" "))))
+		}
+	}
+	return left
 }
 
 // descriptors are files and pidfds that we have open; sockets of idle connections
@@ -204,6 +223,14 @@ func (e *env) must(err error) {
 	if err != nil {
 		e.Fatal(err)
 	}
+}
+
+// took says how long things take.
+func (e *env) took(what string, fn func() error) {
+	e.Helper()
+	start := time.Now()
+	e.must(fn())
+	e.Logf("%s: %v", what, time.Since(start).Round(time.Millisecond))
 }
 
 func (e *env) mount() {

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"maps"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -18,7 +19,7 @@ import (
 )
 
 func testFiles(e *env) {
-	e.mount()
+	e.took("Mount", func() error { return e.m.Mount(e.ctx, e.spec) })
 	e.must(e.m.Probe(e.ctx, e.spec.ID))
 	e.write("a/b/file", "one")
 	e.write("renamed-from", "two")
@@ -69,14 +70,48 @@ func testFiles(e *env) {
 		}
 	}
 
-	e.must(e.m.Sync(e.ctx, e.spec.ID))
+	e.took("Sync", func() error { return e.m.Sync(e.ctx, e.spec.ID) })
 	e.wantObjects(want)
 	if _, ok := e.objects()["removed"]; ok {
 		e.Error("a removed file is in the bucket")
 	}
-	e.must(e.m.Unmount(e.ctx, e.spec.ID))
+	e.took("Sync of nothing new", func() error { return e.m.Sync(e.ctx, e.spec.ID) })
+	e.took("Probe", func() error { return e.m.Probe(e.ctx, e.spec.ID) })
+	e.took("Unmount", func() error { return e.m.Unmount(e.ctx, e.spec.ID) })
 	e.mount()
 	check()
+}
+
+func testOpenFile(e *env) {
+	e.mount()
+	f := e.create("open")
+	defer f.Close()
+	_, err := f.WriteString("one")
+	e.must(err)
+	err = e.short(5*time.Second, func(ctx context.Context) error { return e.m.Sync(ctx, e.spec.ID) })
+	if e.suite.OpenFiles {
+		e.must(err)
+		e.wantObjects(map[string]string{"open": "one"})
+	} else {
+		e.wantErr(err, mount.ErrNotFlushed, "open")
+	}
+	// Somebody who never stops writing must not keep Sync from its end.
+	if e.suite.OpenFiles {
+		ctx, cancel := context.WithCancel(e.ctx)
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			for ctx.Err() == nil {
+				_, _ = f.WriteAt([]byte("two"), 0) // fails only if the mount does, which Sync says
+			}
+		}()
+		err := e.short(20*time.Second, func(ctx context.Context) error { return e.m.Sync(ctx, e.spec.ID) })
+		cancel()
+		<-done
+		e.must(err)
+	}
+	finish(e, f, "!")
+	e.must(e.m.Unmount(e.ctx, e.spec.ID))
 }
 
 func testManyFiles(e *env) {
@@ -88,7 +123,7 @@ func testManyFiles(e *env) {
 	for name, content := range want {
 		e.write(name, content)
 	}
-	e.must(e.m.Sync(e.ctx, e.spec.ID))
+	e.took("Sync of 1000 files", func() error { return e.m.Sync(e.ctx, e.spec.ID) })
 	e.wantObjects(want)
 }
 
@@ -173,8 +208,15 @@ func testKilled(e *env) {
 	e.write("synced", "one")
 	e.must(e.m.Sync(e.ctx, e.spec.ID))
 	pid := e.pid()
-	e.write("closed", "two")
+	closed := e.create("closed")
+	e.s3.Pause()
+	e.Cleanup(e.s3.Resume)
+	finish(e, closed, "two")
+	if e.suite.KeptUnwritten != nil {
+		e.eventually("the file is kept on disk", func() error { return e.suite.KeptUnwritten(filepath.Join(e.dir, e.spec.ID), "closed") })
+	}
 	e.kill(pid, syscall.SIGKILL)
+	e.s3.Resume()
 	e.eventually("the mounter is dead", func() error {
 		if err := e.m.Probe(e.ctx, e.spec.ID); !errors.Is(err, mount.ErrDead) {
 			return fmt.Errorf("Probe: %v", err)
@@ -195,7 +237,7 @@ func testKilled(e *env) {
 	if got := e.read("synced"); got != "one" {
 		e.Errorf("after healing: %q", got)
 	}
-	if e.suite.KeepsUnwritten {
+	if e.suite.KeptUnwritten != nil {
 		if got := e.read("closed"); got != "two" {
 			e.Errorf("after healing: %q", got)
 		}
@@ -203,7 +245,7 @@ func testKilled(e *env) {
 	e.write("after", "three")
 	e.must(e.m.Unmount(e.ctx, e.spec.ID))
 	want := map[string]string{"synced": "one", "after": "three"}
-	if e.suite.KeepsUnwritten {
+	if e.suite.KeptUnwritten != nil {
 		want["closed"] = "two"
 	}
 	e.wantObjects(want)
@@ -347,7 +389,7 @@ func testSecrets(e *env) {
 	if !strings.Contains(string(environ), e.spec.SecretAccessKey) {
 		e.Error("the key is not in the environment: where is it?")
 	}
-	for _, name := range []string{"PWD", "USER", "CLOUDCODE_REQUIRE_REAL", "GOPATH"} {
+	for _, name := range []string{"USER", "CLOUDCODE_REQUIRE_REAL", "GOPATH"} {
 		if strings.Contains("\x00"+string(environ), "\x00"+name+"=") {
 			e.Errorf("our own variable %s is in the mounter's environment", name)
 		}
@@ -431,21 +473,28 @@ func testNotMounted(e *env) {
 	e.Logf("%s %s", e.m.Name(), v)
 }
 
+// What these tests do in this process with the mount must not need the object
+// store: a thread that waits for it could not be killed. So the files are open
+// before it goes away.
 func testStoreAway(e *env) {
 	e.mount()
 	e.write("before", "one")
 	e.must(e.m.Sync(e.ctx, e.spec.ID))
+	one, two := e.create("during"), e.create("during-2")
+	defer one.Close()
+	defer two.Close()
 	e.s3.Kill()
-	e.write("during", "two")
+	finish(e, one, "two")
 	// The mount is well: it must not be taken for hung, and killed with what it has.
 	e.must(e.m.Probe(e.ctx, e.spec.ID))
 	err := e.short(5*time.Second, func(ctx context.Context) error { return e.m.Sync(ctx, e.spec.ID) })
 	e.wantErr(err, mount.ErrNotFlushed, "during")
+	e.wantErr(e.m.Unmount(e.ctx, e.spec.ID), mount.ErrBusy) // the other one is open
+	finish(e, two, "three")
 	err = e.short(5*time.Second, func(ctx context.Context) error { return e.m.Unmount(ctx, e.spec.ID) })
 	e.wantErr(err, mount.ErrNotFlushed, "during")
 	e.Logf("Unmount says: %v", err)
 	e.must(e.m.Probe(e.ctx, e.spec.ID))
-	e.write("during-2", "three")
 	e.s3.Start()
 	e.within(e.suite.Recovers, "what was written during the outage arrives", func() error {
 		got := e.objects()
@@ -454,29 +503,45 @@ func testStoreAway(e *env) {
 		}
 		return nil
 	})
+	e.write("after", "four") // the failed Unmount left it writable
 	e.must(e.m.Unmount(e.ctx, e.spec.ID))
-	e.wantObjects(map[string]string{"before": "one", "during": "two", "during-2": "three"})
+	e.wantObjects(map[string]string{"before": "one", "during": "two", "during-2": "three", "after": "four"})
+}
+
+func (e *env) create(name string) *os.File {
+	e.Helper()
+	f, err := os.Create(e.path(name))
+	e.must(err)
+	return f
+}
+
+func finish(e *env, f *os.File, content string) {
+	e.Helper()
+	_, err := f.WriteString(content)
+	e.must(err)
+	e.must(f.Close())
 }
 
 func testStoreHangs(e *env) {
 	e.mount()
 	e.write("before", "one")
 	e.must(e.m.Sync(e.ctx, e.spec.ID))
+	f := e.create("during")
+	defer f.Close()
 	e.s3.Pause()
 	e.Cleanup(e.s3.Resume)
-	e.write("during", "two")
+	finish(e, f, "two")
 	err := e.short(3*time.Second, func(ctx context.Context) error { return e.m.Unmount(ctx, e.spec.ID) })
 	e.wantErr(err, mount.ErrNotFlushed)
 	e.must(e.m.Probe(e.ctx, e.spec.ID))
 	// Also with somebody waiting for a listing.
-	looked := make(chan struct{})
-	go func() {
-		defer close(looked)
-		_, _ = os.ReadDir(e.path("never-seen")) // whatever comes of it
-	}()
-	e.must(e.m.Probe(e.ctx, e.spec.ID))
+	ls := exec.Command("ls", e.path("never-seen"))
+	e.must(ls.Start())
+	for range 3 {
+		e.must(e.m.Probe(e.ctx, e.spec.ID))
+	}
 	e.s3.Resume()
-	<-looked
+	_ = ls.Wait() // it is not there
 	e.must(e.m.Unmount(e.ctx, e.spec.ID))
 	e.wantObjects(map[string]string{"before": "one", "during": "two"})
 }

@@ -439,6 +439,8 @@ func (m *Mounter) reap(cmd *exec.Cmd, pid int, start uint64) {
 	}
 	if err == nil || errors.Is(err, errGone) {
 		_ = cmd.Wait() // returns at once; how it ended is in the log
+	} else {
+		_ = cmd.Process.Release()
 	}
 }
 

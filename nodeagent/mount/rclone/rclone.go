@@ -7,10 +7,10 @@
 //     was closed; one that stays open is not. What is not uploaded yet is marked
 //     dirty in the cache: that is how Sync knows. (Its remote control is not used:
 //     whoever reaches that can read the keys.)
-//   - A failed upload is tried again after 10 s, and then twice as long each time,
-//     at most 5 min.
-//   - A new rclone on the old cache uploads what is dirty: Remount loses nothing
-//     that was closed.
+//   - A failed upload is tried again after 2 s, and then twice as long each time, at
+//     most 5 min.
+//   - A new rclone on the old cache uploads what is dirty: Remount loses what was
+//     written in the last moment only (the marks are not written atomically).
 package rclone
 
 import (

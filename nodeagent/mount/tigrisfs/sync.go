@@ -126,7 +126,7 @@ func (d driver) pending(ctx context.Context, m process.Mounted) (map[string]stri
 		for _, in := range inodes {
 			switch {
 			case in.FlushError != "" && in.State != "":
-				left[in.Path] = in.FlushError
+				left[in.Path] = strings.Join(strings.Fields(in.FlushError), " ") // some have lines
 			case in.State != "":
 				left[in.Path] = changing
 			}

@@ -30,8 +30,9 @@ func TestConformance(t *testing.T) {
 			}
 			return m, m.Close
 		},
-		Perms:    true,
-		Recovers: 40 * time.Second,
+		Perms:     true,
+		OpenFiles: true,
+		Recovers:  40 * time.Second,
 	})
 }
 
