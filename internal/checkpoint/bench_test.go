@@ -201,3 +201,61 @@ func BenchmarkTenOf50000(b *testing.B) {
 	b.ReportMetric(float64(sent)/float64(n)/1e3, "kB-sent")
 	b.ReportMetric(float64(m.Stats().Total())/float64(n), "requests")
 }
+
+// A database of SQLite's that is written as OpenCode does: its log grows, and now
+// and then goes into the pages of a file of 50 MB.
+func BenchmarkDatabase(b *testing.B) {
+	needRoot(b)
+	src := filepath.Join(b.TempDir(), "tree")
+	must(b, os.Mkdir(src, 0o755))
+	rng := rand.New(rand.NewPCG(5, 6))
+	text := words(rng, 1<<20)
+	page := func() []byte { return text[rng.IntN(len(text)-4096):][:4096] }
+	db, err := os.Create(filepath.Join(src, "opencode.db"))
+	must(b, err)
+	defer db.Close()
+	const pages = 50 << 20 / 4096
+	for i := range pages {
+		p := append([]byte(nil), page()...)
+		if i == 0 {
+			copy(p, "SQLite format 3\x00")
+		}
+		_, err := db.WriteAt(p, int64(i)*4096)
+		must(b, err)
+	}
+	wal, err := os.Create(filepath.Join(src, "opencode.db-wal"))
+	must(b, err)
+	defer wal.Close()
+	_, err = wal.Write(append([]byte{0x37, 0x7f, 0x06, 0x82}, make([]byte, 28)...))
+	must(b, err)
+	r := benchRig(b, objstore.NewMemory(), src, nil)
+	r.save()
+	var sent int64
+	var frozen time.Duration
+	at, n := int64(32), 0
+	for b.Loop() {
+		b.StopTimer()
+		for range 60 { // a turn: 240 KB of log
+			_, err := wal.WriteAt(append(append([]byte(nil), text[:24]...), page()...), at)
+			must(b, err)
+			at += 4096 + 24
+		}
+		if n++; n%16 == 0 { // SQLite's checkpoint: the log's pages go to their places
+			at = 32
+			for i := range 300 {
+				where := int64(pages-1-i) * 4096 // what was appended last
+				if i%3 == 0 {
+					where = rng.Int64N(pages-1)*4096 + 4096
+				}
+				_, err := db.WriteAt(page(), where)
+				must(b, err)
+			}
+		}
+		b.StartTimer()
+		r.save()
+		sent += r.w.Stats().Sent
+		frozen += r.w.Stats().Frozen
+	}
+	b.ReportMetric(float64(sent)/float64(n)/1e3, "kB-sent")
+	b.ReportMetric(float64(frozen.Microseconds())/float64(n)/1e3, "ms-frozen")
+}
