@@ -186,8 +186,6 @@ func (d *decoder) cachedDir(depth int) *dir {
 	return k
 }
 
-func (d *decoder) decoderSig() sig { return d.sig() }
-
 // catalog of all that is safe to refer to so far.
 func (w *Writer) catalog() *catalog {
 	cat := newCatalog()

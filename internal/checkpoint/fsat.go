@@ -130,3 +130,22 @@ func readLink(dir int, name string) (string, error) {
 	}
 	return "", fmt.Errorf("symbolic link %q: %w", name, unix.ENAMETOOLONG)
 }
+
+// settle makes the next write through a memory mapping change the file's times: such
+// a write does that only where a page was clean. Small files are rarely written like
+// that, and SQLite's never; they are spared the wait for the disk.
+func settle(fd int, st sig) error {
+	if st.size <= smallFile {
+		return nil
+	}
+	var begin [16]byte
+	if n, err := pread(fd, begin[:], 0); err == nil && isSQLite(begin[:n]) {
+		return nil
+	}
+	const writeAndWait = unix.SYNC_FILE_RANGE_WAIT_BEFORE | unix.SYNC_FILE_RANGE_WRITE | unix.SYNC_FILE_RANGE_WAIT_AFTER
+	err := unix.SyncFileRange(fd, 0, 0, writeAndWait)
+	if errors.Is(err, unix.ESPIPE) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) {
+		return nil // not that kind of file system
+	}
+	return err
+}

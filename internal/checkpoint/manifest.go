@@ -211,6 +211,10 @@ func (c *cryptor) decodeManifest(session, id string, text []byte) (*Manifest, er
 	if err := c.checkKey(head[len(manifestMagic)], head[len(manifestMagic)+1:][:keyIDSize]); err != nil {
 		return nil, err
 	}
+	return c.decodeBody(session, id, head, packs, body)
+}
+
+func (c *cryptor) decodeBody(session, id string, head []byte, packs []packID, body []byte) (*Manifest, error) {
 	m := &Manifest{session: session, Info: Info{ID: id}, cat: newCatalog()}
 	plain, err := c.open("manifest", m.aad(head), body, -maxManifest)
 	if err != nil {

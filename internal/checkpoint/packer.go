@@ -81,7 +81,7 @@ func (p *packer) add(kind byte, id chunkID, plain []byte) (*chunk, error) {
 	}
 	f := p.fill[kind]
 	if f == nil {
-		f = &filling{blk: &block{kind: kind}, plain: buffers.Get().([]byte)[:0]}
+		f = &filling{blk: &block{kind: kind}, plain: (*buffers.Get().(*[]byte))[:0]}
 		p.fill[kind] = f
 		p.blocks = append(p.blocks, f.blk)
 	}
@@ -98,7 +98,10 @@ func (p *packer) add(kind byte, id chunkID, plain []byte) (*chunk, error) {
 	return c, p.submit(f)
 }
 
-var buffers = sync.Pool{New: func() any { return make([]byte, 0, blockSize+meanChunk) }}
+var buffers = sync.Pool{New: func() any {
+	b := make([]byte, 0, blockSize+meanChunk)
+	return &b
+}}
 
 // submit compresses a block and puts it into the current pack.
 func (p *packer) submit(f *filling) error {
@@ -111,8 +114,8 @@ func (p *packer) submit(f *filling) error {
 		text := p.r.crypt.seal("block", nil, f.plain)
 		<-p.sealing
 		n := len(f.plain)
-		if cap(f.plain) <= 2*blockSize {
-			buffers.Put(f.plain)
+		if plain := f.plain; cap(plain) <= 2*blockSize {
+			buffers.Put(&plain)
 		}
 		f.plain = nil
 		p.place(f, text, n)

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -59,8 +60,9 @@ func (s *Session) Restore(ctx context.Context, id string, opts RestoreOptions) (
 		err = fmt.Errorf("restore %s: %w", m.ID, s.gone(ctx, m.ID, err))
 		return nil, errors.Join(err, os.RemoveAll(tmp))
 	}
-	if err := os.Rename(tmp, dir); err != nil {
-		return nil, err
+	// Not os.Rename, which does not replace an empty folder.
+	if err := unix.Rename(tmp, dir); err != nil {
+		return nil, fmt.Errorf("rename %s to %s: %w", tmp, dir, err)
 	}
 	return m, atomicfile.SyncDir(filepath.Dir(dir))
 }
@@ -148,8 +150,15 @@ func (r *restore) run(ctx context.Context) error {
 	}
 	blocks, targets, total := byBlock(r.all)
 	r.total = total
-	r.tell(0)
-	err := r.s.r.fetch(ctx, blocks, func(b *block, plain []byte) error { return r.block(targets[b], plain) })
+	r.tell()
+	// Many requests at a time hide the store's distance, but many writers in one
+	// folder only wait for one another.
+	turn := make(chan struct{}, max(2, runtime.GOMAXPROCS(0)))
+	err := r.s.r.fetch(ctx, blocks, func(b *block, plain []byte) error {
+		turn <- struct{}{}
+		defer func() { <-turn }()
+		return r.block(targets[b], plain)
+	})
 	if err != nil {
 		return err
 	}
@@ -191,7 +200,7 @@ func (r *restore) run(ctx context.Context) error {
 	if err := unix.Syncfs(r.root); err != nil {
 		return fmt.Errorf("sync: %w", err)
 	}
-	r.tell(0)
+	r.tell()
 	return nil
 }
 
@@ -269,12 +278,12 @@ func (r *restore) block(ts []target, plain []byte) error {
 		}
 		r.done.Add(int64(len(text)))
 	}
-	r.tell(1)
+	r.tell()
 	return nil
 }
 
 // tell reports progress; who finds another at it leaves it to that.
-func (r *restore) tell(int) {
+func (r *restore) tell() {
 	if r.progress == nil || !r.telling.CompareAndSwap(false, true) {
 		return
 	}

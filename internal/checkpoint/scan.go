@@ -301,6 +301,9 @@ func (s *scan) fresh(b *readBuffer, at int, path string, old *node, now sig) (n 
 	if n.xattrs, err = readXattrs(fd, s.w.ids); err != nil {
 		return nil, false, fmt.Errorf("attributes of %q: %w", path, err)
 	}
+	if err := settle(fd, n.sig); err != nil {
+		return nil, false, fmt.Errorf("write back %q: %w", path, err)
+	}
 	if n.content, err = s.take(b, n, fd, path); err != nil {
 		return nil, false, err
 	}
