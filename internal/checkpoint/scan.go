@@ -207,6 +207,9 @@ const readTries = 4
 // name brings one name up to date: the node as it was if nothing changed, nil if
 // it is not to be saved or gone.
 func (s *scan) name(b *readBuffer, dir int, parent string, n *node) (*node, bool, error) {
+	if path := join(parent, n.name); s.w.o.Exclude != nil && s.w.o.Exclude(path, false) && s.w.o.Exclude(path, true) {
+		return nil, n.kind != 0, nil // not even looked at: it may be a mount that hangs or is dead
+	}
 	var st unix.Stat_t
 	for try := 1; ; try++ {
 		err := unix.Fstatat(dir, n.name, &st, unix.AT_SYMLINK_NOFOLLOW)

@@ -31,15 +31,16 @@ const (
 
 // work is what all tests share.
 var work struct {
-	repo    string // folder of go.mod
-	libexec string
-	cache   string
-	dir     string // of this run; removed at its end
-	keep    string // where to leave logs and screenshots; may be empty
-	bin     string // cloudcode, freshly built
-	fleets  []*fleet
-	stores  []*store
-	why     string // why the tests cannot run here; empty if they can
+	repo       string // folder of go.mod
+	libexec    string
+	cache      string
+	dir        string // of this run; removed at its end
+	keep       string // where to leave logs and screenshots; may be empty
+	bin        string // cloudcode, freshly built
+	fleets     []*fleet
+	stores     []*store
+	interfaces []string
+	why        string // why the tests cannot run here; empty if they can
 }
 
 func TestMain(m *testing.M) { os.Exit(testMain(m)) }
@@ -54,6 +55,9 @@ func testMain(m *testing.M) int {
 	errs := []error{endFleets()}
 	for _, s := range work.stores {
 		s.stop()
+	}
+	for _, name := range work.interfaces {
+		errs = append(errs, exec.Command("ip", "link", "del", name).Run())
 	}
 	if sharedModel.model != nil {
 		sharedModel.model.close()

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -41,7 +42,7 @@ func newStorageFleet(tb testing.TB, name string, st *store, root string, env ...
 	f.serverEnv = append(append(st.env(), "S3_PREFIX="+root), env...)
 	f.hosts = nil
 	s := &storageFleet{fleet: f, store: st, root: root, a: f.addHost(tb, "a"), b: f.addHost(tb, "b")}
-	f.nodeHost, f.modelIP = s.a, s.a.bridgeIP
+	f.nodeHost, f.modelIP = s.a, sharedAddress(tb)
 	f.startServer(tb)
 	f.startMembers(tb)
 	f.waitReady(tb)
@@ -49,6 +50,26 @@ func newStorageFleet(tb testing.TB, name string, st *store, root string, env ...
 		h.importImage(tb)
 	}
 	return s
+}
+
+// sharedAddress is one of this machine that containers on all nodes reach. A
+// bridge's is there once a container has been.
+func sharedAddress(tb testing.TB) string {
+	tb.Helper()
+	name := bridgePrefix + strings.TrimSuffix(idPrefix, "-") + "m"
+	if i, err := net.InterfaceByName(name); err == nil {
+		addrs, err := i.Addrs()
+		if err != nil || len(addrs) == 0 {
+			tb.Fatalf("addresses of %s: %v %v", name, addrs, err)
+		}
+		return addrs[0].(*net.IPNet).IP.String()
+	}
+	_, address := freeSubnet(tb)
+	for _, args := range [][]string{{"link", "add", name, "type", "dummy"}, {"addr", "add", address + "/32", "dev", name}, {"link", "set", name, "up"}} {
+		mustRun(tb, 10*time.Second, cleanEnv(), "ip", args...)
+	}
+	work.interfaces = append(work.interfaces, name)
+	return address
 }
 
 // sharedStorage is the fleet of most tests of object storage.

@@ -380,7 +380,7 @@ func TestKeysStayOutside(t *testing.T) {
 	// The proof that the search finds what is there. The keys are put together
 	// inside, so that the command itself does not hold them.
 	half := len(s.store.config.SecretAccessKey) / 2
-	search := fmt.Sprintf(`k=%s; k=$k%s; a=%s; a=$a%s; %%s
+	search := fmt.Sprintf(`k=%s; k=${k}%s; a=%s; a=${a}%s; %%s
 { env; cat /proc/[0-9]*/environ /proc/[0-9]*/cmdline 2>/dev/null | tr '\0' '\n'; mount; grep -raslF -e "$k" -e "$a" / --exclude-dir=proc --exclude-dir=sys --exclude-dir=opencode-linux-x64 2>/dev/null; } | grep -aF -e "$k" -e "$a" -e planted; true`,
 		s.store.config.SecretAccessKey[:half], s.store.config.SecretAccessKey[half:], s.store.config.AccessKeyID[:3], s.store.config.AccessKeyID[3:])
 	if out := s.a.exec(t, id, fmt.Sprintf(search, `printf %s "$k" > /tmp/planted`)); !strings.Contains(out, "/tmp/planted") {
@@ -643,7 +643,7 @@ func TestCheckpoints(t *testing.T) {
 		// Into a new session.
 		other := id + "-other"
 		t.Cleanup(func() { s.remove(t, other) })
-		s.cli(t, "session", "import", other, tarFile, "--create")
+		s.cli(t, "session", "import", other, "-f", tarFile, "--wait")
 		s.waitState(t, other, cloudcodev1.Session_RUNNING)
 		if got := read(other, "state.txt tree/link"); got != "the second\nin" {
 			t.Errorf("imported: %q", got)
