@@ -276,36 +276,33 @@ func (s *Session) takeOver(ctx context.Context) error {
 	}
 	ours := was.UID == s.owner.SessionUID && was.Instance == s.owner.Instance
 	if ours && was.Acquired == s.owner.Generation {
-		s.acquired = true
-		return nil
+		return s.stillOurs(ctx)
 	}
-	head, err := s.repo.Head(ctx)
-	fresh := errors.Is(err, checkpoint.ErrNotFound)
-	if errors.Is(err, objstore.ErrUnavailable) && s.p.Adopt && ours && was.Acquired != 0 && s.a.GetRestoreCheckpoint() == "" {
-		s.log.Warn("the object store is away: the session goes on, and is taken over for its new generation later", "error", err)
-		s.away = err
-		return nil
-	}
-	if err != nil && !fresh {
-		return err
-	}
-	// Whether the local tree has all that the head's owner has ever had.
-	newest := ours && was.Acquired != 0 && !fresh && head.Owner.SessionUID == s.owner.SessionUID &&
-		head.Owner.Node == s.owner.Node && head.Owner.Instance == s.owner.Instance &&
-		(head.Owner.Generation == was.Acquired || head.Owner.Generation == was.Acquiring)
-	next := mark{UID: s.owner.SessionUID, Instance: s.owner.Instance, Acquiring: s.owner.Generation, Restoring: was.Restoring}
-	if newest {
-		next.Acquired = was.Acquired
+	next := mark{UID: s.owner.SessionUID, Instance: s.owner.Instance, Acquiring: s.owner.Generation}
+	if ours {
+		next.Acquired, next.Restoring = was.Acquired, was.Restoring
 	}
 	if err := next.save(dir); err != nil {
 		return err
 	}
-	if _, err := s.repo.Acquire(ctx, s.owner); err != nil {
+	// Only what the head was when it was taken counts: the owner before may have
+	// moved it once more until then.
+	head, existed, err := s.repo.Acquire(ctx, s.owner)
+	if errors.Is(err, objstore.ErrUnavailable) && s.p.Adopt && next.Acquired != 0 && s.a.GetRestoreCheckpoint() == "" {
+		s.log.Warn("the object store is away: the session goes on, and is taken over for its new generation later", "error", err)
+		s.away = err
+		return nil
+	}
+	if err != nil {
 		return err
 	}
 	s.acquired = true
-	if !newest {
-		if err := s.bring(ctx, head, fresh); err != nil {
+	if !s.newest(next, head, existed) {
+		next.Acquired, next.Restoring = 0, ""
+		if err := next.save(dir); err != nil {
+			return err
+		}
+		if err := s.bring(ctx, head, existed); err != nil {
 			return err
 		}
 		if s.due(head) { // there is nothing here that the restore would have to save
@@ -319,14 +316,82 @@ func (s *Session) takeOver(ctx context.Context) error {
 	return next.save(dir)
 }
 
+// newest says whether the local tree has all that the head's owner has ever had.
+func (s *Session) newest(m mark, head checkpoint.Head, existed bool) bool {
+	switch {
+	case m.Acquired == 0:
+		return false
+	case !existed:
+		return true // somebody has emptied the bucket: there is no other copy
+	case m.Restoring != "" && (m.Restoring != s.wanted() || !s.due(head)):
+		return false // half replaced, for a restore that nobody wants any more; it was saved before
+	}
+	o := head.Owner
+	return o.SessionUID == s.owner.SessionUID && o.Node == s.owner.Node && o.Instance == s.owner.Instance &&
+		(o.Generation == m.Acquired || o.Generation == m.Acquiring)
+}
+
+// stillOurs is for what was taken over for this very generation before. An object
+// store that is away does not keep a session on this node's disk from starting
+// again; one in a bucket needs it anyway.
+func (s *Session) stillOurs(ctx context.Context) error {
+	s.acquired = true
+	if s.p.Adopt {
+		return nil // it runs; Run looks at once
+	}
+	err := s.repo.Verify(ctx, s.owner)
+	switch {
+	case errors.Is(err, ErrFenced):
+		s.fenced(ctx)
+		return err
+	case errors.Is(err, checkpoint.ErrNotFound): // it is made anew with the next save
+		return nil
+	case err != nil && !s.mountMode():
+		s.log.Warn("it is not known whether the session is still this node's: it starts all the same", "error", err)
+		return nil
+	}
+	return err
+}
+
+// unsavedFile, in the volume's state folder, says that there are changes that could
+// not be saved: then the files are not removed with the session.
+const unsavedFile = "unsaved"
+
+func (s *Session) markUnsaved() {
+	if err := os.WriteFile(filepath.Join(s.p.Volume.StateDir, unsavedFile), nil, 0o600); err != nil {
+		s.log.Warn("it cannot be noted that there are unsaved changes", "error", err)
+	}
+}
+
+// Unsaved says whether a volume has changes that could not be saved.
+func (m *Manager) Unsaved(v volume.Volume) bool {
+	_, err := os.Stat(filepath.Join(v.StateDir, unsavedFile))
+	return err == nil
+}
+
+// fenced notes that the session is another node's: nothing that is here is taken
+// for its newest state any more.
+func (s *Session) fenced(ctx context.Context) {
+	s.acquired = false
+	if s.writer != nil {
+		if changed, err := s.writer.Changed(ctx); changed || err != nil {
+			s.markUnsaved()
+		}
+	}
+	m := mark{UID: s.owner.SessionUID, Instance: s.owner.Instance}
+	if err := m.save(s.p.Volume.StateDir); err != nil {
+		s.log.Warn("it cannot be noted that another node has the session", "error", err)
+	}
+}
+
 // bring makes the local tree that of the head. What was here before is of an
 // older owner: what that had not saved yet is put aside and not deleted.
-func (s *Session) bring(ctx context.Context, head checkpoint.Head, fresh bool) error {
+func (s *Session) bring(ctx context.Context, head checkpoint.Head, existed bool) error {
 	if err := s.p.Stop(ctx); err != nil {
 		return err
 	}
 	// Ours by now means that this was begun before, and perhaps not waited out.
-	if !fresh && !head.Released && s.a.GetStorage().GetMode() == cloudcodev1.Storage_MOUNT {
+	if existed && !head.Released && s.mountMode() {
 		s.p.Progress("mount", "waiting until the node before has let go of the bucket", 0, 0)
 		select {
 		case <-time.After(takeoverWait):
@@ -341,7 +406,7 @@ func (s *Session) bring(ctx context.Context, head checkpoint.Head, fresh bool) e
 	if err := s.setAside(); err != nil {
 		return err
 	}
-	if fresh || head.Manifest == "" || s.due(head) {
+	if !existed || head.Manifest == "" || s.due(head) {
 		return s.makeTree()
 	}
 	if err := s.fetch(ctx, head.Manifest); err != nil {
@@ -393,6 +458,9 @@ func (s *Session) setAside() error {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
+	if v.DiskBytes > 0 && !s.m.Unsaved(v) {
+		return mount.RemoveAll(v.S3Dir) // there may be no room for two
+	}
 	if len(entries) > 0 {
 		if err := mount.RemoveAll(aside); err != nil {
 			return err
@@ -439,13 +507,18 @@ func makeOwned(path string, id uint32) error {
 
 // wanted names the restore that the assignment asks for.
 func (s *Session) wanted() string {
-	return fmt.Sprintf("%d/%s", s.a.GetGeneration(), s.a.GetRestoreCheckpoint())
+	asked := s.a.GetRestoreGeneration()
+	if asked == 0 { // of an older server
+		asked = s.a.GetGeneration()
+	}
+	return fmt.Sprintf("%d/%s", asked, s.a.GetRestoreCheckpoint())
 }
 
 // due says whether the assignment asks for a restore that was not done yet. What
-// the head names is not needed then: it may be what is damaged.
+// the head names is not needed then: it may be what is damaged. A session that is
+// only finished is saved as it is.
 func (s *Session) due(head checkpoint.Head) bool {
-	return s.a.GetRestoreCheckpoint() != "" && head.Restored != s.wanted()
+	return !s.p.Ending && s.a.GetRestoreCheckpoint() != "" && head.Restored != s.wanted()
 }
 
 // restore takes the session back to the checkpoint that the assignment names,
