@@ -300,7 +300,7 @@ func (s *Session) takeOver(ctx context.Context) error {
 	if err := next.save(dir); err != nil {
 		return err
 	}
-	if _, err := s.repo.Acquire(ctx, s.owner); err != nil {
+	if _, _, err := s.repo.Acquire(ctx, s.owner); err != nil {
 		return err
 	}
 	s.acquired = true
