@@ -160,7 +160,7 @@ func benchRig(b *testing.B, store objstore.Store, tree string, key []byte) *rig 
 	must(b, err)
 	r := &rig{t: b, store: store, repo: repo, s: repo.Session("s")}
 	r.o = WriterOptions{Dir: tree, StateDir: b.TempDir(), Owner: owner1}
-	_, err = r.s.Acquire(context.Background(), owner1)
+	_, _, err = r.s.Acquire(context.Background(), owner1)
 	must(b, err)
 	r.open()
 	return r

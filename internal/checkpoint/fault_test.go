@@ -260,7 +260,7 @@ func TestStaleOwner(t *testing.T) {
 	r.save()
 
 	owner2 := Owner{SessionID: "s", SessionUID: "u1", Node: "n2", Instance: "i2", Generation: 2}
-	if _, err := r.s.Acquire(t.Context(), owner2); err != nil {
+	if _, _, err := r.s.Acquire(t.Context(), owner2); err != nil {
 		t.Fatal(err)
 	}
 	r2 := &rig{t: t, store: m, repo: r.repo, s: r.s, o: WriterOptions{Dir: t.TempDir(), StateDir: t.TempDir(), Owner: owner2}}
@@ -287,7 +287,7 @@ func TestStaleOwner(t *testing.T) {
 	if _, err := r.s.Retain(t.Context(), owner1, Policy{}); !errors.Is(err, ErrFenced) {
 		t.Error(err)
 	}
-	if _, err := r.s.Acquire(t.Context(), owner1); !errors.Is(err, ErrFenced) {
+	if _, _, err := r.s.Acquire(t.Context(), owner1); !errors.Is(err, ErrFenced) {
 		t.Error(err)
 	}
 	if _, err := r.s.NewWriter(t.Context(), r.o); !errors.Is(err, ErrFenced) {
@@ -328,6 +328,39 @@ func TestLateHeadWrite(t *testing.T) {
 	r.check()
 }
 
+// What the owner before saves between a look at the head and the takeover is in what
+// the takeover says that it found.
+func TestTakeoverFindsTheLastSave(t *testing.T) {
+	m := objstore.NewMemory()
+	r := newRig(t, m, nil)
+	r.put("a", "1")
+	r.save()
+	r.put("a", "2")
+	var last Info
+	var busy bool
+	m.Fail = func(op, key string) error {
+		if op == objstore.OpPut && strings.HasSuffix(key, "/head") && !busy {
+			busy = true
+			last = r.save()
+		}
+		return nil
+	}
+	owner2 := Owner{SessionID: "s", SessionUID: "u1", Node: "n2", Instance: "i2", Generation: 2}
+	before, existed, err := r.s.Acquire(t.Context(), owner2)
+	must(t, err)
+	if !existed || before.Manifest != last.ID || before.Owner != owner1 {
+		t.Errorf("%v %+v, the last save was %s", existed, before, last.ID)
+	}
+	again, existed, err := r.s.Acquire(t.Context(), owner2)
+	must(t, err)
+	if !existed || again.Owner != owner2 || again.Manifest != last.ID {
+		t.Errorf("%v %+v", existed, again)
+	}
+	if before, existed, err := r.repo.Session("new").Acquire(t.Context(), owner1); err != nil || existed || before.Manifest != "" {
+		t.Errorf("%v %v %+v", err, existed, before)
+	}
+}
+
 func TestHeadTakeover(t *testing.T) {
 	ctx := t.Context()
 	repo, err := Open(objstore.NewMemory(), "", nil)
@@ -354,7 +387,7 @@ func TestHeadTakeover(t *testing.T) {
 		{o: o("u", "c", 4), release: true},
 		{o: o("v", "d", 1)},
 	} {
-		_, err := s.Acquire(ctx, step.o)
+		_, _, err := s.Acquire(ctx, step.o)
 		if errors.Is(err, ErrFenced) != step.fenced || err != nil && !step.fenced {
 			t.Errorf("step %d: %v", i, err)
 		}

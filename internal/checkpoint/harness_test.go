@@ -54,7 +54,7 @@ func newRig(t testing.TB, store objstore.Store, key []byte) *rig {
 	base := t.TempDir()
 	r.o = WriterOptions{Dir: filepath.Join(base, "tree"), StateDir: filepath.Join(base, "state"), Owner: owner1}
 	must(t, os.Mkdir(r.o.Dir, 0o755))
-	_, err = r.s.Acquire(t.Context(), owner1)
+	_, _, err = r.s.Acquire(t.Context(), owner1)
 	must(t, err)
 	r.open()
 	return r

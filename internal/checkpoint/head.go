@@ -156,24 +156,25 @@ var errLost = errors.New("the head is another")
 const headTries = 4
 
 // update reads the head and writes what change makes of it, until nobody comes
-// between. change may return an error, which ends it, or false for no change.
-func (s *Session) update(ctx context.Context, change func(h *Head, exists bool) (bool, error)) (Head, error) {
+// between. change may return an error, which ends it, or false for no change. Gives
+// the head that it was made of, and whether there was one.
+func (s *Session) update(ctx context.Context, change func(h *Head, exists bool) (bool, error)) (from Head, existed bool, err error) {
 	for range headTries {
 		from, err := s.Head(ctx)
 		if err != nil && !errors.Is(err, ErrNotFound) || s.err != nil {
-			return Head{}, err
+			return Head{}, false, err
 		}
+		existed := err == nil
 		to := from
-		write, err := change(&to, err == nil)
+		write, err := change(&to, existed)
 		if err != nil || !write {
-			return from, err
+			return from, existed, err
 		}
-		to, err = s.write(ctx, from, to)
-		if !errors.Is(err, errLost) {
-			return to, err
+		if _, err = s.write(ctx, from, to); !errors.Is(err, errLost) {
+			return from, existed, err
 		}
 	}
-	return Head{}, fmt.Errorf("%w: the head of %q changes all the time", objstore.ErrUnavailable, s.prefix)
+	return Head{}, false, fmt.Errorf("%w: the head of %q changes all the time", objstore.ErrUnavailable, s.prefix)
 }
 
 // Acquire makes o the owner: it makes the head or takes it over. Returns ErrFenced
@@ -182,7 +183,11 @@ func (s *Session) update(ctx context.Context, change func(h *Head, exists bool) 
 // A session that is made anew on an old prefix has another uid. It gets a head that
 // was released whatever its generation; one that was not (its fleet is gone) only
 // with a higher generation: see Head.
-func (s *Session) Acquire(ctx context.Context, o Owner) (Head, error) {
+//
+// before is the head that it took over: what the owner before saved until then is in
+// it, while a head that was read earlier may lack that. If the session was o's
+// already, it is that head. existed is false if there was none.
+func (s *Session) Acquire(ctx context.Context, o Owner) (before Head, existed bool, err error) {
 	return s.update(ctx, func(h *Head, exists bool) (bool, error) {
 		if exists {
 			if h.Owner == o && !h.Released && h.DeleteTime.IsZero() {
@@ -229,7 +234,7 @@ func (s *Session) owns(h Head, o Owner) error {
 // Release says that o is done with the session, and whether the session itself was
 // deleted. The checkpoints stay. Returns ErrFenced.
 func (s *Session) Release(ctx context.Context, o Owner, deleted bool) error {
-	_, err := s.update(ctx, func(h *Head, exists bool) (bool, error) {
+	_, _, err := s.update(ctx, func(h *Head, exists bool) (bool, error) {
 		if !exists {
 			return false, fmt.Errorf("%w: the head of %q was removed", ErrFenced, s.prefix)
 		}

@@ -189,7 +189,7 @@ func TestFork(t *testing.T) {
 		t.Errorf("%+v %v", st, err)
 	}
 	o := Owner{SessionID: "one", SessionUID: "u9", Node: "n", Instance: "i", Generation: 1}
-	if _, err := dst.Acquire(t.Context(), o); err != nil {
+	if _, _, err := dst.Acquire(t.Context(), o); err != nil {
 		t.Fatal(err)
 	}
 	dir := filepath.Join(t.TempDir(), "out")
@@ -508,7 +508,7 @@ func TestOnS3(t *testing.T) {
 	must(t, r.s.Check(t.Context(), ""))
 	owner2 := owner1
 	owner2.Generation, owner2.Node = 2, "other"
-	if _, err := r.s.Acquire(t.Context(), owner2); err != nil {
+	if _, _, err := r.s.Acquire(t.Context(), owner2); err != nil {
 		t.Fatal(err)
 	}
 	r.put("d1/new", "y")

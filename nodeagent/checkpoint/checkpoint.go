@@ -24,6 +24,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/protobuf/encoding/protojson"
@@ -169,10 +170,13 @@ type Session struct {
 	// supervisor looks after the mount; nil if nothing is mounted. later is what mounts
 	// when that has failed at first.
 	supervisor  *mount.Supervisor
+	resumed     bool // nobody else has written to the bucket since this node mounted it last
 	later       sync.WaitGroup
 	cancelLater context.CancelFunc
 	log         *slog.Logger
 
+	// acquired: the head says that the session is this owner's.
+	acquired atomic.Bool
 	requests chan request
 	activity activity
 
@@ -181,7 +185,6 @@ type Session struct {
 	version string // of OpenCode
 
 	// Used by Open, then by Run's loop, and by Finish after it.
-	acquired bool  // the head says that the session is this owner's
 	away     error // why it does not yet
 	writer   *checkpoint.Writer
 	look     time.Duration // that it took to find that nothing has changed
@@ -296,8 +299,10 @@ func (s *Session) takeOver(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	s.acquired = true
+	s.acquired.Store(true)
+	s.resumed = existed
 	if !s.newest(next, head, existed) {
+		s.resumed = false
 		next.Acquired, next.Restoring = 0, ""
 		if err := next.save(dir); err != nil {
 			return err
@@ -335,11 +340,12 @@ func (s *Session) newest(m mark, head checkpoint.Head, existed bool) bool {
 // store that is away does not keep a session on this node's disk from starting
 // again; one in a bucket needs it anyway.
 func (s *Session) stillOurs(ctx context.Context) error {
-	s.acquired = true
+	s.acquired.Store(true)
 	if s.p.Adopt {
 		return nil // it runs; Run looks at once
 	}
 	err := s.repo.Verify(ctx, s.owner)
+	s.resumed = err == nil
 	switch {
 	case errors.Is(err, ErrFenced):
 		s.fenced(ctx)
@@ -372,7 +378,7 @@ func (m *Manager) Unsaved(v volume.Volume) bool {
 // fenced notes that the session is another node's: nothing that is here is taken
 // for its newest state any more.
 func (s *Session) fenced(ctx context.Context) {
-	s.acquired = false
+	s.acquired.Store(false)
 	if s.writer != nil {
 		if changed, err := s.writer.Changed(ctx); changed || err != nil {
 			s.markUnsaved()
@@ -507,11 +513,7 @@ func makeOwned(path string, id uint32) error {
 
 // wanted names the restore that the assignment asks for.
 func (s *Session) wanted() string {
-	asked := s.a.GetRestoreGeneration()
-	if asked == 0 { // of an older server
-		asked = s.a.GetGeneration()
-	}
-	return fmt.Sprintf("%d/%s", asked, s.a.GetRestoreCheckpoint())
+	return fmt.Sprintf("%d/%s", s.a.GetGeneration(), s.a.GetRestoreCheckpoint())
 }
 
 // due says whether the assignment asks for a restore that was not done yet. What

@@ -70,11 +70,11 @@ func (s *Session) openWriter(ctx context.Context) error {
 	if s.writer != nil {
 		return nil
 	}
-	if !s.acquired {
+	if !s.acquired.Load() {
 		if err := s.takeOver(ctx); err != nil {
 			return err
 		}
-		if !s.acquired {
+		if !s.acquired.Load() {
 			return s.away
 		}
 	}
@@ -232,11 +232,8 @@ func (s *Session) watchOwner(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		}
-		s.mu.Lock()
-		acquired := s.acquired
-		s.mu.Unlock()
 		wait = s.verifyPeriod()
-		if !acquired {
+		if !s.acquired.Load() {
 			continue // the head is of the generation before
 		}
 		vctx, cancel := context.WithTimeout(ctx, checkInterval)

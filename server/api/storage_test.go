@@ -109,7 +109,7 @@ func (f *stored) save(t *testing.T, id, trigger string, files map[string]string)
 	}
 	sess := repo.Session(s.Spec.Storage.Prefix)
 	o := checkpoint.Owner{SessionID: s.ID, SessionUID: s.UID, Node: "n1", Instance: "i", Generation: s.Generation}
-	if _, err := sess.Acquire(t.Context(), o); err != nil {
+	if _, _, err := sess.Acquire(t.Context(), o); err != nil {
 		t.Fatal(err)
 	}
 	w, err := sess.NewWriter(t.Context(), checkpoint.WriterOptions{
@@ -801,7 +801,7 @@ func TestRecover(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if _, err := repo.Session("empty").Acquire(t.Context(), checkpoint.Owner{SessionID: "empty", SessionUID: "u", Generation: 1}); err != nil {
+	if _, _, err := repo.Session("empty").Acquire(t.Context(), checkpoint.Owner{SessionID: "empty", SessionUID: "u", Generation: 1}); err != nil {
 		t.Fatal(err)
 	}
 	head, err := repo.Session("broken").Head(t.Context())

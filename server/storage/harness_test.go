@@ -215,7 +215,7 @@ func (f *fixture) save(s *fleet.Session, files map[string]string) string {
 		}
 	}
 	o := checkpoint.Owner{SessionID: s.ID, SessionUID: s.UID, Node: "n1", Instance: "i1", Generation: s.Generation}
-	if _, err := st.inner.Acquire(f.Context(), o); err != nil {
+	if _, _, err := st.inner.Acquire(f.Context(), o); err != nil {
 		f.Fatal(err)
 	}
 	w, err := st.inner.NewWriter(f.Context(), checkpoint.WriterOptions{

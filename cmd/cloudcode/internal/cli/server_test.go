@@ -126,7 +126,7 @@ func save(t *testing.T, conf storage.Config) [2]string {
 	grow(t, filepath.Join(project, "src"))
 	owner := checkpoint.Owner{SessionID: "main", SessionUID: "uid-of-old", Node: "old", Instance: "i", Generation: 1}
 	sess := repo.Session("main")
-	if _, err := sess.Acquire(t.Context(), owner); err != nil {
+	if _, _, err := sess.Acquire(t.Context(), owner); err != nil {
 		t.Fatal(err)
 	}
 	w, err := sess.NewWriter(t.Context(), checkpoint.WriterOptions{Dir: tree, StateDir: t.TempDir(), Owner: owner, IDBase: uint32(os.Getuid())})
