@@ -3,8 +3,10 @@ package checkpoint
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"strings"
 	"sync"
@@ -19,11 +21,10 @@ import (
 
 // random is text that does not compress and is like no other.
 func random(seed uint64, n int) string {
+	var key [32]byte
+	binary.LittleEndian.PutUint64(key[:], seed)
 	b := make([]byte, n)
-	for i := range b {
-		seed = seed*6364136223846793005 + 1442695040888963407
-		b[i] = byte(seed >> 56)
-	}
+	rand.NewChaCha8(key).Read(b)
 	return string(b)
 }
 
@@ -212,11 +213,13 @@ func TestFrozenInstant(t *testing.T) {
 // and at last taken whatever it is.
 func TestLargeDelta(t *testing.T) {
 	r := newRig(t, objstore.NewMemory(), nil)
+	r.o.deltaMax = 2 << 20
+	r.reopen(true)
 	freezes := 0
 	_, err := r.w.Save(t.Context(), func(context.Context) (func() error, error) {
 		freezes++
 		for i := range 3 {
-			r.put(fmt.Sprintf("f%d", i), random(uint64(freezes*10+i), 30<<20))
+			r.put(fmt.Sprintf("f%d", i), random(uint64(freezes*10+i), 900_000*(i+1)))
 		}
 		return func() error { return nil }, nil
 	}, Meta{})

@@ -14,10 +14,9 @@ import (
 const (
 	// deltaMax is how much may be left to take in the frozen walk before it is
 	// called off and another walk goes first; freezesMax bounds how often.
-	deltaMax   = 64 << 20
+	deltaMax = 64 << 20
+	// What is taken beyond deltaMax then goes to a file, not into memory.
 	freezesMax = 3
-	// memoryMax is how much of it is kept in memory; more goes to a file.
-	memoryMax = deltaMax
 	// wholeMax is the size up to which a file is taken as it is; larger ones are
 	// cut and compared at once, because most of them has not changed.
 	wholeMax = 1 << 20

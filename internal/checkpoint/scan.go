@@ -207,8 +207,11 @@ const readTries = 4
 // name brings one name up to date: the node as it was if nothing changed, nil if
 // it is not to be saved or gone.
 func (s *scan) name(b *readBuffer, dir int, parent string, n *node) (*node, bool, error) {
-	if path := join(parent, n.name); s.w.o.Exclude != nil && s.w.o.Exclude(path, false) && s.w.o.Exclude(path, true) {
-		return nil, n.kind != 0, nil // not even looked at: it may be a mount that hangs or is dead
+	if x := s.w.o.Exclude; n.kind == 0 && x != nil {
+		// Not even looked at: it may be a mount that hangs or is dead.
+		if path := join(parent, n.name); x(path, false) && x(path, true) {
+			return nil, false, nil
+		}
 	}
 	var st unix.Stat_t
 	for try := 1; ; try++ {
@@ -285,7 +288,11 @@ func (s *scan) fresh(b *readBuffer, at int, path string, old *node, now sig) (n 
 		}
 	}
 	fd, err := openRead(at, n.name, 0)
-	if vanished(err) || errors.Is(err, unix.EXDEV) {
+	if errors.Is(err, unix.EXDEV) {
+		n.kind, n.link = kindSkip, "it is another file system"
+		return n, false, nil
+	}
+	if vanished(err) {
 		return nil, true, nil
 	}
 	if err != nil {

@@ -26,6 +26,8 @@ type WriterOptions struct {
 	// Grace is that of garbage collection, DefaultGrace if zero: uploads that no
 	// checkpoint names are relied on for half of it.
 	Grace time.Duration
+
+	deltaMax int64 // less in tests
 }
 
 // Stats of the last Save.
@@ -62,6 +64,9 @@ type Writer struct {
 func (s *Session) NewWriter(ctx context.Context, opts WriterOptions) (*Writer, error) {
 	if opts.Log == nil {
 		opts.Log = slog.New(slog.DiscardHandler)
+	}
+	if opts.deltaMax == 0 {
+		opts.deltaMax = deltaMax
 	}
 	if opts.Grace == 0 {
 		opts.Grace = DefaultGrace
