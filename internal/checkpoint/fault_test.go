@@ -49,11 +49,13 @@ func TestEveryRequestMayFail(t *testing.T) {
 			}
 			r := newRig(t, m, nil)
 			r.put("a", "one")
-			r.put("large", random(1, 9<<20))
+			r.put("b", "same")
+			r.put("z/large", random(1, 9<<20))
 			first := r.save()
 			before := describe(t, r.o.Dir)
 			r.put("a", "two")
-			r.put("large", random(2, 9<<20))
+			r.put("z/large", random(2, 9<<20))
+			must(t, os.Chmod(r.path("b"), 0o4711)) // sends nothing: it must not be forgotten either
 			left.Store(int64(n))
 			info, err := r.w.Save(t.Context(), noFreeze, Meta{})
 			failed := left.Load() <= 0
@@ -405,5 +407,32 @@ func TestMappedWrites(t *testing.T) {
 			t.Fatalf("write %d was missed", i)
 		}
 	}
+	r.check()
+}
+
+// What a walk has seen before it failed still counts as changed for the next.
+func TestChangesOutliveAFailure(t *testing.T) {
+	r := newRig(t, objstore.NewMemory(), nil)
+	ctx, cancel := context.WithCancel(t.Context())
+	r.o.Exclude = func(rel string, _ bool) bool {
+		if rel == "z/stop" {
+			cancel()
+		}
+		return rel == "z/stop"
+	}
+	r.reopen(true)
+	r.put("a", "same")
+	r.put("z/b", "same")
+	old := time.Unix(1_000_000, 0)
+	must(t, os.Chtimes(r.path("z"), old, old))
+	r.save()
+	must(t, os.Chmod(r.path("a"), 0o711))
+	r.put("z/stop", "")
+	if _, err := r.w.Save(ctx, noFreeze, Meta{}); !errors.Is(err, context.Canceled) {
+		t.Fatal(err)
+	}
+	must(t, os.Remove(r.path("z/stop")))
+	must(t, os.Chtimes(r.path("z"), old, old))
+	r.save()
 	r.check()
 }
