@@ -269,6 +269,10 @@ func (s *scan) fresh(b *readBuffer, at int, path string, old *node, now sig) (n 
 			n.kind, n.link = kindSkip, "it is another file system"
 			return n, false, nil
 		}
+		if len(path) > maxTreePath {
+			n.kind, n.link = kindSkip, "its path is too long"
+			return n, false, nil
+		}
 		n.kind, n.sub = kindDir, &dir{}
 		n.sub.sig.ino = now.ino
 		return n, false, nil
