@@ -47,6 +47,8 @@ func (w *Writer) Save(ctx context.Context, freeze func(context.Context) (thaw fu
 		w.forget()
 	}
 	w.stats.Total, w.stats.Read, w.stats.Sent = time.Since(start), w.read.Load(), p.sent
+	last := w.stats
+	w.last.Store(&last)
 	if err != nil {
 		// What was read and sent so far need not be again.
 		return Info{}, errors.Join(err, w.saveCache())
@@ -60,7 +62,6 @@ func (w *Writer) save(ctx context.Context, p *packer, freeze func(context.Contex
 		if err := w.scan(ctx, last); err != nil {
 			return Info{}, w.first(p, err)
 		}
-		w.dirty = w.dirty || last.touched > 0
 	} else {
 		var err error
 		if last, err = w.frozen(ctx, p, freeze); err != nil {
@@ -121,12 +122,10 @@ func (w *Writer) frozen(ctx context.Context, p *packer, freeze func(context.Cont
 		if err := w.scan(ctx, pre); err != nil {
 			return nil, err
 		}
-		w.dirty = w.dirty || pre.touched > 0
 		w.stats.Freezes++
 		d := &delta{w: w, p: p, spill: spill{dir: w.o.StateDir}, last: w.stats.Freezes == freezesMax}
 		s, err := w.freeze(ctx, d, freeze)
 		if err == nil {
-			w.dirty = w.dirty || s.touched > 0
 			err = d.store()
 		}
 		d.spill.close()

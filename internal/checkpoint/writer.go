@@ -54,7 +54,8 @@ type Writer struct {
 	packs []*pack         // all that index refers to
 	dirty bool            // the picture has changed since base
 	live  map[*pack]int64 // bytes that base needs of each pack
-	stats Stats
+	stats Stats           // of the Save under way
+	last  atomic.Pointer[Stats]
 	read  atomic.Int64
 	cache cacheState
 }
@@ -152,11 +153,12 @@ func (w *Writer) Changed(ctx context.Context) (bool, error) {
 	return w.differs(ctx)
 }
 
-// Stats of the last Save.
+// Stats of the last Save that ended. It does not wait for one that is under way.
 func (w *Writer) Stats() Stats {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.stats
+	if s := w.last.Load(); s != nil {
+		return *s
+	}
+	return Stats{}
 }
 
 // Close keeps what saves time for the next writer.
