@@ -27,7 +27,7 @@ const (
 	// A writer keeps well below what a reader takes: folders with longer paths are
 	// noted and left out, for a walk to such depths takes time while the session
 	// stands still; attributes beyond that size are left out.
-	maxTreePath = 64 << 10
+	maxTreePath = 4096 // the kernel's for one call: no tool makes more
 	maxXattrs   = 256 << 10
 
 	// Segments are cut behind an entry whose path's hash says so, which depends
