@@ -364,8 +364,8 @@ func (d *decoder) entry(last string) (entry, error) {
 		n.mtime = d.int()
 		for range d.count(2) {
 			x := xattr{name: string(d.bytes(256)), value: string(d.bytes(maxXattr))}
-			if d.err == nil && (x.name == "" || strings.IndexByte(x.name, 0) >= 0) {
-				return n, errors.New("an attribute without name")
+			if d.err == nil && (!savedXattr(x.name) || strings.IndexByte(x.name, 0) >= 0) {
+				return n, fmt.Errorf("an attribute %q, which is never saved", x.name)
 			}
 			n.xattrs = append(n.xattrs, x)
 		}

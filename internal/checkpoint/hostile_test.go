@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"testing"
@@ -164,6 +165,15 @@ func TestForgedTrees(t *testing.T) {
 			e.ext = append(e.ext, extent{c: l})
 		}
 		wantDamaged(t, f.open(2, f.segment(true, e)), "more than its size")
+	})
+	t.Run("attributes that are the machine's", func(t *testing.T) {
+		for _, name := range []string{"trusted.overlay.opaque", "security.selinux", "security.ima", "system.other", "user", ""} {
+			f := newForger(t)
+			e := entry{path: "a", kind: kindFile, xattrs: []xattr{{name, "y"}}}
+			wantDamaged(t, f.open(2, f.segment(true, e)), "never saved")
+			_, err := f.s.Restore(t.Context(), f.id, RestoreOptions{Dir: filepath.Join(t.TempDir(), "out")})
+			wantDamaged(t, err, "never saved")
+		}
 	})
 	t.Run("notes", func(t *testing.T) {
 		f := newForger(t)
