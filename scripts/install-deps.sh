@@ -2,15 +2,16 @@
 # Installs what Cloud Code needs and this machine lacks:
 #   scripts/install-deps.sh run    what `make run` needs
 #   scripts/install-deps.sh test   that, and what `make test` needs
-# Debian packages come through apt-get; containerd, runc and the CNI plugins are
-# built by `go install` into libexec/cloudcode, unless the machine has versions
-# that are new enough. What is there already is left alone.
+# Debian packages come through apt-get; containerd, runc, the CNI plugins and, for
+# tests, versitygw are built by `go install` into libexec/cloudcode, unless the
+# machine has versions that are new enough. What is there already is left alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 containerd_version=2.4.2 containerd_oldest=2.3.5
 runc_version=1.5.2 runc_oldest=1.4.0
 cni_version=1.9.1
+versitygw_version=1.8.0
 libexec=$PWD/libexec/cloudcode
 
 say() { printf '\033[1m==>\033[0m %s\n' "$*"; }
@@ -44,9 +45,12 @@ debian_packages() {
   need pkg-config pkg-config
   need /usr/include/seccomp.h libseccomp-dev
   need /etc/ssl/certs/ca-certificates.crt ca-certificates
+  need fusermount3 fuse3 # mounts of object storage; TigrisFS itself has its own package
+  need rclone rclone     # mounts where TigrisFS is not installed
   if [ "$1" = test ]; then
     need chromium chromium
     need tmux tmux
+    need restic restic # measured against in benchmarks
   fi
   [ ${#packages[@]} -eq 0 ] && return
   have apt-get || die "these are missing, and there is no apt-get to install them with: ${packages[*]}"
@@ -81,6 +85,16 @@ runtime() {
   fi
 }
 
+# s3_server is for tests: a real S3 server, of the version that they were written for.
+s3_server() {
+  local own
+  # Built by go install, its --version says nothing.
+  own=$(go version -m "$libexec/versitygw" 2>/dev/null | grep -oE 'versitygw[[:space:]]+v[0-9.]+' || true)
+  if [ "${own##*v}" != $versitygw_version ]; then
+    build "versitygw $versitygw_version" "$libexec" github.com/versity/versitygw/cmd/versitygw@v$versitygw_version
+  fi
+}
+
 case "${1:-}" in
   run | test) ;;
   *) die "usage: $0 run|test" ;;
@@ -89,3 +103,4 @@ esac
 debian_packages "$1"
 go_works
 runtime
+if [ "$1" = test ]; then s3_server; fi

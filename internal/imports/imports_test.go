@@ -109,3 +109,14 @@ func TestControlPlaneIsFreeOfContainerd(t *testing.T) {
 		}
 	}
 }
+
+// One package knows the S3 library, its retries and its errors; all else knows objstore.
+func TestOnlyObjstoreKnowsTheS3Library(t *testing.T) {
+	for name, p := range load(t) {
+		for _, imported := range p.Imports {
+			if strings.HasPrefix(imported, "github.com/minio/minio-go/") && name != "internal/objstore" && name != "internal/s3test" {
+				t.Errorf("%s imports %s: use internal/objstore", name, imported)
+			}
+		}
+	}
+}

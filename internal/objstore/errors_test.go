@@ -104,7 +104,7 @@ func fake(t testing.TB, h http.HandlerFunc) objstore.Config {
 	t.Cleanup(srv.Close)
 	return objstore.Config{
 		Endpoint: srv.URL, Bucket: "bucket", AccessKeyID: "AKID", SecretAccessKey: "secret-access", Region: "us-east-1",
-		Timeouts: objstore.Timeouts{Header: 300 * time.Millisecond, Stall: 300 * time.Millisecond},
+		Timeouts: objstore.Timeouts{Header: 300 * time.Millisecond, Stall: 300 * time.Millisecond, Retry: time.Millisecond},
 	}
 }
 
@@ -327,7 +327,7 @@ func TestStalls(t *testing.T) {
 	srv := s3test.Start(t, s3test.Options{})
 	p := srv.Proxy(0)
 	c := p.Config(srv.Bucket("bucket")).ObjStore()
-	c.Timeouts = objstore.Timeouts{Dial: time.Second, Header: 500 * time.Millisecond, Stall: 500 * time.Millisecond}
+	c.Timeouts = objstore.Timeouts{Dial: time.Second, Header: 500 * time.Millisecond, Stall: 500 * time.Millisecond, Retry: time.Millisecond}
 	s := openStore(t, c)
 	big := make([]byte, 32<<20)
 	if _, err := s.Put(t.Context(), "k", big, objstore.PutOptions{}); err != nil {

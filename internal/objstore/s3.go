@@ -37,6 +37,7 @@ type Timeouts struct {
 	Dial   time.Duration // to connect, and again for TLS; 5 s
 	Header time.Duration // from the last byte sent to the answer's first; 15 s
 	Stall  time.Duration // without a byte of content moving; 15 s
+	Retry  time.Duration // the first pause before a request is sent again; 100 ms
 }
 
 const (
@@ -46,9 +47,8 @@ const (
 	regionDefault = "us-east-1"
 
 	// attempts of one request, begun within retryFor.
-	attempts   = 4
-	retryFor   = 10 * time.Second
-	retryFirst = 100 * time.Millisecond
+	attempts = 4
+	retryFor = 10 * time.Second
 	// deleteBatch is S3's limit of one request.
 	deleteBatch = 1000
 	maxKey      = 1024
@@ -102,6 +102,9 @@ func open(c Config) (*s3, error) {
 	}
 	if c.Timeouts.Stall == 0 {
 		c.Timeouts.Stall = 15 * time.Second
+	}
+	if c.Timeouts.Retry == 0 {
+		c.Timeouts.Retry = 100 * time.Millisecond
 	}
 	s := &s3{cfg: c, transport: newTransport(c.Timeouts, isTigris(u.Hostname())), resolving: make(chan *client, 1)}
 	region := c.Region
@@ -256,8 +259,8 @@ func (s *s3) do(ctx context.Context, op, key string, idempotent bool, fn func(c 
 			attempt >= attempts || time.Since(start) > retryFor {
 			return f.err
 		}
-		pause := retryFirst << (2 * (attempt - 1)) // 0.1, 0.4, 1.6 s
-		t := time.NewTimer(pause/2 + rand.N(pause/2))
+		pause := s.cfg.Timeouts.Retry << (2 * (attempt - 1)) // 0.1, 0.4, 1.6 s
+		t := time.NewTimer(pause/2 + rand.N(pause/2+1))
 		select {
 		case <-t.C:
 		case <-ctx.Done():

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"io"
 	"net"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -17,7 +16,6 @@ import (
 // when it is told to.
 type Proxy struct {
 	target string
-	scheme string
 	l      net.Listener
 	wg     sync.WaitGroup
 
@@ -45,18 +43,17 @@ const (
 // Proxy starts a proxy in front of the server, with a delay each way. It ends with the test.
 func (s *Server) Proxy(delay time.Duration) *Proxy {
 	s.t.Helper()
-	scheme, _, _ := strings.Cut(s.Endpoint(), "://")
-	return NewProxy(s.t, scheme, s.Addr(), delay)
+	return NewProxy(s.t, s.Addr(), delay)
 }
 
 // NewProxy starts a proxy in front of any TCP address.
-func NewProxy(t testing.TB, scheme, target string, delay time.Duration) *Proxy {
+func NewProxy(t testing.TB, target string, delay time.Duration) *Proxy {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &Proxy{target: target, scheme: scheme, l: l, changed: make(chan struct{}), open: map[net.Conn]struct{}{}}
+	p := &Proxy{target: target, l: l, changed: make(chan struct{}), open: map[net.Conn]struct{}{}}
 	p.SetDelay(delay)
 	p.wg.Go(p.accept)
 	t.Cleanup(p.close)
@@ -64,7 +61,7 @@ func NewProxy(t testing.TB, scheme, target string, delay time.Duration) *Proxy {
 }
 
 // Endpoint is the URL of the server behind the proxy.
-func (p *Proxy) Endpoint() string { return p.scheme + "://" + p.l.Addr().String() }
+func (p *Proxy) Endpoint() string { return "http://" + p.l.Addr().String() }
 
 // Config is a Config of the server, by way of the proxy.
 func (p *Proxy) Config(c storage.Config) storage.Config {

@@ -1,9 +1,9 @@
 // Package s3test runs a real S3 server (versitygw) for tests, and a proxy in front
 // of it that is slow or broken on demand.
 //
-// The server is looked for in PATH, in CLOUDCODE_TOOLS_DIR and in libexec/cloudcode,
-// where `scripts/install-deps.sh test` puts it. Without it tests skip, or fail if
-// CLOUDCODE_REQUIRE_REAL=1.
+// The server is looked for in CLOUDCODE_TOOLS_DIR, in libexec/cloudcode, where
+// `scripts/install-deps.sh test` puts it, and in PATH. Without it tests skip, or fail
+// if CLOUDCODE_REQUIRE_REAL=1.
 package s3test
 
 import (
@@ -48,8 +48,6 @@ type Options struct {
 	AccessLog bool
 	// Region; empty: the constant.
 	Region string
-	// TLSCert and TLSKey are files; with them the server speaks https alone.
-	TLSCert, TLSKey string
 }
 
 // Server is a running S3 server. Its methods fail the test that it was started by.
@@ -101,8 +99,8 @@ func Find(t testing.TB) string {
 	return FindTool(t, binary)
 }
 
-// FindTool looks for a program of tests in PATH, CLOUDCODE_TOOLS_DIR and
-// libexec/cloudcode. Without it the test skips, or fails if CLOUDCODE_REQUIRE_REAL=1.
+// FindTool looks for a program of tests in CLOUDCODE_TOOLS_DIR, libexec/cloudcode
+// (or CLOUDCODE_LIBEXEC_DIR) and PATH. Without it the test skips, or fails if CLOUDCODE_REQUIRE_REAL=1.
 func FindTool(t testing.TB, name string) string {
 	t.Helper()
 	path, ok := LookTool(name)
@@ -119,18 +117,17 @@ func FindTool(t testing.TB, name string) string {
 
 // LookTool is FindTool for tests that can do without.
 func LookTool(name string) (path string, ok bool) {
-	if path, err := exec.LookPath(name); err == nil {
-		if path, err = filepath.Abs(path); err == nil {
-			return path, true
-		}
-	}
 	for _, dir := range []string{os.Getenv("CLOUDCODE_TOOLS_DIR"), os.Getenv("CLOUDCODE_LIBEXEC_DIR"), libexec()} {
 		path := filepath.Join(dir, name)
 		if fi, err := os.Stat(path); dir != "" && err == nil && fi.Mode().IsRegular() && fi.Mode()&0o111 != 0 {
 			return path, true
 		}
 	}
-	return "", false
+	path, err := exec.LookPath(name)
+	if err == nil {
+		path, err = filepath.Abs(path)
+	}
+	return path, err == nil
 }
 
 // libexec of the module that the test is in.
@@ -161,12 +158,7 @@ func freePort(t testing.TB) int {
 func (s *Server) Addr() string { return fmt.Sprintf("127.0.0.1:%d", s.port) }
 
 // Endpoint is the server's URL.
-func (s *Server) Endpoint() string {
-	if s.opts.TLSCert != "" {
-		return "https://" + s.Addr()
-	}
-	return "http://" + s.Addr()
-}
+func (s *Server) Endpoint() string { return "http://" + s.Addr() }
 
 // Dir is the folder with the buckets.
 func (s *Server) Dir() string { return s.opts.Dir }
@@ -198,9 +190,6 @@ func (s *Server) start() error {
 		args = append(args, "--access-log", s.log)
 	} else {
 		args = append(args, "--quiet")
-	}
-	if s.opts.TLSCert != "" {
-		args = append(args, "--cert", s.opts.TLSCert, "--key", s.opts.TLSKey)
 	}
 	cmd := exec.Command(s.bin, append(args, "posix", s.opts.Dir)...)
 	cmd.Env = append(os.Environ(), "ROOT_ACCESS_KEY="+AccessKeyID, "ROOT_SECRET_KEY="+SecretAccessKey)
@@ -248,16 +237,12 @@ func (s *Server) answers(exited <-chan struct{}) error {
 }
 
 func (s *Server) client() (client *minio.Client, close func()) {
-	tr, err := minio.DefaultTransport(s.opts.TLSCert != "")
+	tr, err := minio.DefaultTransport(false)
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	if s.opts.TLSCert != "" {
-		tr.TLSClientConfig.InsecureSkipVerify = true // only to see whether it is up
-	}
 	client, err = minio.New(s.Addr(), &minio.Options{
 		Creds:      credentials.NewStaticV4(AccessKeyID, SecretAccessKey, ""),
-		Secure:     s.opts.TLSCert != "",
 		Region:     s.opts.Region,
 		Transport:  tr,
 		MaxRetries: 1,
@@ -286,7 +271,34 @@ func (s *Server) Stop() { s.end(syscall.SIGTERM) }
 func (s *Server) Kill() { s.end(syscall.SIGKILL) }
 
 // Pause freezes the server: it takes connections and does not answer. Resume thaws it.
-func (s *Server) Pause() { s.signal(syscall.SIGSTOP) }
+func (s *Server) Pause() {
+	s.t.Helper()
+	s.signal(syscall.SIGSTOP)
+	// The signal arrives a while later, thread by thread.
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.Now().Add(10 * time.Second); !stopped(s.PID()); <-tick.C {
+		if time.Now().After(deadline) {
+			s.t.Fatal("the S3 server does not stop")
+		}
+	}
+}
+
+// stopped says whether all threads of a process are.
+func stopped(pid int) bool {
+	stats, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+	if err != nil || len(stats) == 0 {
+		return false
+	}
+	for _, path := range stats {
+		stat, err := os.ReadFile(path)
+		_, state, ok := bytes.Cut(stat, []byte(") ")) // behind the name
+		if err != nil || !ok || state[0] != 'T' {
+			return false
+		}
+	}
+	return true
+}
 
 // Resume ends Pause.
 func (s *Server) Resume() { s.signal(syscall.SIGCONT) }

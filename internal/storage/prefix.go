@@ -159,4 +159,3 @@ func hasDomain(host string, domains ...string) bool {
 	}
 	return false
 }
-

@@ -237,8 +237,12 @@ func (c Config) ObjStore() objstore.Config {
 	}
 }
 
-// Open returns the objects below Root, by keys relative to it. Nothing is asked of the object
-// store yet. Give what it returns to objstore.Close.
+// UsesPathStyle says whether requests must have the bucket in their path: where it is
+// asked for, and where a host name cannot have it. Mounters need it as well.
+func (c Config) UsesPathStyle() bool { return c.ObjStore().UsesPathStyle() }
+
+// Open returns the objects below Root, by keys relative to it. Nothing is asked of
+// the object store yet. Give what it returns to objstore.Close.
 func Open(c Config) (objstore.Store, error) {
 	if err := c.Validate(); err != nil {
 		return nil, err

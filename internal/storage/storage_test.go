@@ -226,8 +226,15 @@ func TestOverlap(t *testing.T) {
 		a, b string
 		want bool
 	}{
-		{"", "", true}, {"", "a", true}, {"a", "a", true}, {"a", "b", false}, {"a", "ab", false}, {"a", "a/b", true},
-		{"a/b", "a/c", false}, {"a/b", "a", true}, {"a-b", "a", false},
+		{"", "", true},
+		{"", "a", true},
+		{"a", "a", true},
+		{"a", "b", false},
+		{"a", "ab", false},
+		{"a", "a/b", true},
+		{"a/b", "a/c", false},
+		{"a/b", "a", true},
+		{"a-b", "a", false},
 	} {
 		if storage.Overlap(c.a, c.b) != c.want || storage.Overlap(c.b, c.a) != c.want {
 			t.Errorf("%q and %q: not %v", c.a, c.b, c.want)
