@@ -86,7 +86,7 @@ func (m *mutator) step() {
 			unix.Fsetxattr(int(f.Fd()), name, []byte(rapid.StringN(0, 40, 40).Draw(m.rt, "value")), 0)
 		})
 	case 13:
-		if d, err := m.root.Open(filepath.Dir(p)); err == nil {
+		if d, err := m.root.OpenFile(filepath.Dir(p), os.O_RDONLY|unix.O_DIRECTORY|unix.O_NONBLOCK, 0); err == nil {
 			unix.Mkfifoat(int(d.Fd()), filepath.Base(p), 0o600)
 			d.Close()
 		}

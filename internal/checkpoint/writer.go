@@ -165,7 +165,12 @@ func (w *Writer) Stats() Stats {
 func (w *Writer) Close() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.saveCache()
+	err := w.saveCache()
+	if w.cache.journal != nil {
+		err = errors.Join(err, w.cache.journal.Close())
+		w.cache.journal = nil
+	}
+	return err
 }
 
 // sweep forgets the content of files that is not to be relied on any more: it is
