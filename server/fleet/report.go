@@ -142,9 +142,10 @@ func (s *Session) applyRunning(r Report, now time.Time) error {
 	if state == StateStarting {
 		s.takeProgress(r)
 	}
-	if state == StateRunning && s.RestoreCheckpoint == s.Assignment.RestoreCheckpoint {
+	if a := s.Assignment; state == StateRunning && a.carries(s) {
 		// Done. The same may be asked for again.
-		s.RestoreCheckpoint, s.Assignment.RestoreCheckpoint = "", ""
+		s.RestoreCheckpoint, s.RestoreGeneration = "", 0
+		a.RestoreCheckpoint, a.RestoreGeneration = "", 0
 	}
 	s.RestartCount = r.RestartCount
 	if r.OpenCodeVersion != "" {
