@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -359,6 +360,37 @@ func TestTakeoverFindsTheLastSave(t *testing.T) {
 	if before, existed, err := r.repo.Session("new").Acquire(t.Context(), owner1); err != nil || existed || before.Manifest != "" {
 		t.Errorf("%v %v %+v", err, existed, before)
 	}
+}
+
+// A bucket that somebody has emptied is no other owner. Acquired anew, all of the
+// session is sent again: nothing that was sent before is relied on.
+func TestHeadIsMissing(t *testing.T) {
+	m := objstore.NewMemory()
+	r := newRig(t, m, nil)
+	r.put("a", random(1, 300_000))
+	r.put("b/c", "2")
+	r.save()
+	must(t, m.Delete(t.Context(), m.Keys()...))
+	r.put("d", random(2, 300_000))
+	_, saveErr := r.w.Save(t.Context(), noFreeze, Meta{})
+	_, writerErr := r.s.NewWriter(t.Context(), r.o)
+	for name, err := range map[string]error{
+		"Verify": r.s.Verify(t.Context(), owner1), "Release": r.s.Release(t.Context(), owner1, true), "Save": saveErr, "NewWriter": writerErr,
+	} {
+		if !errors.Is(err, ErrNotFound) || errors.Is(err, ErrFenced) || !strings.Contains(err.Error(), r.s.headKey()) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if left := slices.DeleteFunc(m.Keys(), func(k string) bool { return !strings.Contains(k, "/sessions/") }); len(left) > 0 {
+		t.Errorf("a save that found no head left %q", left)
+	}
+	if _, existed, err := r.s.Acquire(t.Context(), owner1); err != nil || existed {
+		t.Fatalf("%v, %v", existed, err)
+	}
+	r.reopen(true)
+	r.save()
+	r.check()
+	must(t, r.s.Check(t.Context(), ""))
 }
 
 func TestHeadTakeover(t *testing.T) {

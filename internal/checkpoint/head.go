@@ -99,7 +99,8 @@ func decodeHead(text []byte) (Head, error) {
 	return h, nil
 }
 
-// Head of the session. Returns ErrNotFound if nothing ever was here.
+// Head of the session. Returns ErrNotFound if nothing ever was here, or somebody
+// removed it with other tools: a purge leaves a head.
 func (s *Session) Head(ctx context.Context) (Head, error) {
 	h, _, err := s.head(ctx)
 	return h, err
@@ -212,16 +213,26 @@ func mayTake(h Head, o Owner) error {
 	return fmt.Errorf("%w: %s has it since %s, and this is %s", ErrFenced, h.Owner, h.Time.UTC().Format(time.RFC3339), o)
 }
 
-// Verify returns ErrFenced unless o is still the owner.
+// Verify returns ErrFenced if another is the owner, and ErrNotFound if nobody is,
+// as the head is not there: then nobody has taken the session over.
 func (s *Session) Verify(ctx context.Context, o Owner) error {
 	h, err := s.Head(ctx)
 	if errors.Is(err, ErrNotFound) {
-		return fmt.Errorf("%w: the head of %q was removed", ErrFenced, s.prefix)
+		return s.missing()
 	}
 	if err != nil {
 		return err
 	}
 	return s.owns(h, o)
+}
+
+// missing is the error of what needs the head that o has acquired, and does not find
+// it. Nothing of Cloud Code removes the head of a session that is in use.
+func (s *Session) missing() error {
+	if s.err != nil {
+		return s.err
+	}
+	return fmt.Errorf("%w: the head of %q, %s, is not there: the bucket was emptied, or another bucket is at its place; the session must be acquired anew", ErrNotFound, s.prefix, s.headKey())
 }
 
 func (s *Session) owns(h Head, o Owner) error {
@@ -232,11 +243,11 @@ func (s *Session) owns(h Head, o Owner) error {
 }
 
 // Release says that o is done with the session, and whether the session itself was
-// deleted. The checkpoints stay. Returns ErrFenced.
+// deleted. The checkpoints stay. Returns ErrFenced, ErrNotFound.
 func (s *Session) Release(ctx context.Context, o Owner, deleted bool) error {
 	_, _, err := s.update(ctx, func(h *Head, exists bool) (bool, error) {
 		if !exists {
-			return false, fmt.Errorf("%w: the head of %q was removed", ErrFenced, s.prefix)
+			return false, s.missing()
 		}
 		if err := s.owns(*h, o); err != nil {
 			return false, err
@@ -263,7 +274,7 @@ func (s *Session) move(ctx context.Context, h Head, o Owner, manifest, restored 
 			return now, err
 		}
 		if now.etag == "" {
-			return Head{}, fmt.Errorf("%w: the head of %q was removed", ErrFenced, s.prefix)
+			return Head{}, s.missing()
 		}
 		if err := s.owns(now, o); err != nil {
 			return now, err
