@@ -32,9 +32,19 @@ type Head struct {
 	Restored   string // Meta.Restored of that checkpoint
 	DeleteTime time.Time
 	Time       time.Time // when it was written
-	Released   bool      // its owner is done: any other may take it
+	Released   bool      // its owner is done: a higher generation of any session may take it
 
 	etag string
+}
+
+// Purged says that the head is all that is left of a session. It stays, so that a
+// late owner of that session is fenced, and the next session there has a higher
+// generation.
+func (h Head) Purged() bool { return h.Released && h.Manifest == "" && !h.DeleteTime.IsZero() }
+
+// copied says that the session was begun with a copy, and no node has it yet.
+func (h Head) copied() bool {
+	return h.Owner.Node == "" && h.Released && h.Manifest != "" && h.DeleteTime.IsZero()
 }
 
 type headJSON struct {
@@ -182,8 +192,9 @@ func (s *Session) update(ctx context.Context, change func(h *Head, exists bool) 
 // if a newer generation has it, or another owner of the same one.
 //
 // A session that is made anew on an old prefix has another uid. It gets a head that
-// was released whatever its generation; one that was not (its fleet is gone) only
-// with a higher generation: see Head.
+// was released, and with a higher generation only: see Head. Whatever is late of the
+// session before has a lower one. What was copied for a session that is not stored yet
+// is ErrExists for others: it is theirs, or taken back, within moments.
 //
 // before is the head that it took over: what the owner before saved until then is in
 // it, while a head that was read earlier may lack that. If the session was o's
@@ -205,9 +216,15 @@ func (s *Session) Acquire(ctx context.Context, o Owner) (before Head, existed bo
 
 func mayTake(h Head, o Owner) error {
 	switch {
-	case h.Owner == o, o.Generation > h.Owner.Generation:
+	case h.Owner == o:
 		return nil
-	case h.Released && (o.SessionUID != h.Owner.SessionUID || o.Generation == h.Owner.Generation):
+	case o.SessionUID != h.Owner.SessionUID && h.copied():
+		return fmt.Errorf("%w: a copy was made here for session %s of uid %s, which no node has yet", ErrExists, h.Owner.SessionID, h.Owner.SessionUID)
+	case o.SessionUID != h.Owner.SessionUID:
+		if h.Released && o.Generation > h.Owner.Generation {
+			return nil
+		}
+	case o.Generation > h.Owner.Generation, o.Generation == h.Owner.Generation && h.Released:
 		return nil
 	}
 	return fmt.Errorf("%w: %s has it since %s, and this is %s", ErrFenced, h.Owner, h.Time.UTC().Format(time.RFC3339), o)
@@ -257,6 +274,33 @@ func (s *Session) Release(ctx context.Context, o Owner, deleted bool) error {
 		}
 		h.Released = true
 		if deleted && h.DeleteTime.IsZero() {
+			h.DeleteTime = time.Now()
+		}
+		return true, nil
+	})
+	return err
+}
+
+// Retire makes o, which is of no node, the owner for the end of the session, and says
+// that it is deleted: whoever has it is fenced. Its checkpoints stay. Only a higher
+// generation than all before may do so, and of another session only if that was
+// released. Unless released is set, o has it until Purge or Release. Returns
+// ErrFenced.
+func (s *Session) Retire(ctx context.Context, o Owner, released bool) error {
+	_, _, err := s.update(ctx, func(h *Head, exists bool) (bool, error) {
+		if exists && h.Owner != o {
+			if err := mayTake(*h, o); err != nil {
+				return false, err
+			}
+			if o.Generation == h.Owner.Generation {
+				return false, s.owns(*h, o) // it may run elsewhere, and be let go of for now
+			}
+		}
+		if exists && h.Owner == o && h.Released == released && !h.DeleteTime.IsZero() {
+			return false, nil
+		}
+		h.Owner, h.Released = o, released
+		if h.DeleteTime.IsZero() {
 			h.DeleteTime = time.Now()
 		}
 		return true, nil

@@ -193,7 +193,7 @@ func (s *Storages) recover(ctx context.Context, st storage.Stored) (*fleet.Sessi
 	made.Storage = &fleet.StorageStatus{Checkpoint: st.Checkpoint}
 	// What was let go of and not deleted was suspended; but a fork that was never
 	// placed is let go of, too.
-	if st.Released && st.DeleteTime.IsZero() && st.Generation > 0 {
+	if st.Released && st.DeleteTime.IsZero() && st.Node != "" {
 		if err := made.Suspend(time.Now().UTC()); err != nil {
 			return nil, fmt.Errorf("recover session %s: %w", st.SessionID, err)
 		}
