@@ -44,8 +44,8 @@ func (s *Session) ApplyReport(r Report, node string, now time.Time) (Outcome, er
 	var err error
 	switch {
 	case r.State == ReportedGone:
-		// The node has marked it as deleted in its object storage.
-		s.StorageSettled = !s.Purge
+		// Most nodes have marked it as deleted in its object storage, but not one that
+		// never had it there, or had let go of it before: that is looked at.
 		s.Assignment = nil
 		err = s.SetState(StateDeleting, "", "")
 	case a.Delete:
