@@ -34,7 +34,8 @@ type Head struct {
 	Time       time.Time // when it was written
 	Released   bool      // its owner is done: a higher generation of any session may take it
 
-	etag string
+	etag    string
+	written time.Time // by the store's clock; zero if that is not known
 }
 
 // Purged says that the head is all that is left of a session. It stays, so that a
@@ -131,7 +132,7 @@ func (s *Session) head(ctx context.Context) (Head, []byte, error) {
 	if err != nil {
 		return Head{}, nil, fmt.Errorf("%s: %w", s.headKey(), err)
 	}
-	h.etag = o.ETag
+	h.etag, h.written = o.ETag, o.LastModified
 	return h, text, nil
 }
 

@@ -38,17 +38,26 @@ func (s *Session) Manifest(ctx context.Context, id string) (*Manifest, error) {
 // ids lists the session's checkpoints, oldest first. Manifests behind the head were
 // never made its own (their writer was stopped in between): they are not counted.
 func (s *Session) ids(ctx context.Context, head Head) ([]objstore.Object, error) {
-	var all []objstore.Object
+	all, _, err := s.idsAndBehind(ctx, head)
+	return all, err
+}
+
+// idsAndBehind also gives those that are behind the head.
+func (s *Session) idsAndBehind(ctx context.Context, head Head) (all, behind []objstore.Object, err error) {
 	for o, err := range s.r.store.List(ctx, s.manifests(), "", "") {
 		if err != nil {
-			return nil, fmt.Errorf("list checkpoints of %q: %w", s.prefix, err)
+			return nil, nil, fmt.Errorf("list checkpoints of %q: %w", s.prefix, err)
 		}
-		if id := strings.TrimPrefix(o.Key, s.manifests()); manifestID.MatchString(id) && id <= head.Manifest {
-			o.Key = id
+		o.Key = strings.TrimPrefix(o.Key, s.manifests())
+		switch {
+		case !manifestID.MatchString(o.Key):
+		case o.Key <= head.Manifest:
 			all = append(all, o)
+		default:
+			behind = append(behind, o)
 		}
 	}
-	return all, nil
+	return all, behind, nil
 }
 
 // List gives the session's checkpoints, newest first. One that cannot be read has
