@@ -27,7 +27,12 @@ func (s *Storages) ListStorageProfiles(context.Context, *cloudcodev1.ListStorage
 	resp := &cloudcodev1.ListStorageProfilesResponse{}
 	for _, name := range profiles.Names() {
 		c, _ := profiles.Get(name)
+		message := ""
+		if err := s.sessions.config.Storage.Uncollected(c); err != nil {
+			message = "Data that no checkpoint needs is not deleted: " + status.Convert(err).Message()
+		}
 		resp.StorageProfiles = append(resp.StorageProfiles, &cloudcodev1.StorageProfile{
+			Message: message,
 			Name: profilesCollection + "/" + name, Endpoint: c.Endpoint, Bucket: c.Bucket, Region: c.Region, PathStyle: c.PathStyle,
 			Prefix: c.Root, Encrypted: len(c.EncryptionKey) > 0, AutoMode: protoconv.StorageMode(storage.AutoMode(c)),
 		})
