@@ -32,9 +32,8 @@ func (s *Storages) ListStorageProfiles(context.Context, *cloudcodev1.ListStorage
 			message = "Data that no checkpoint needs is not deleted: " + status.Convert(err).Message()
 		}
 		resp.StorageProfiles = append(resp.StorageProfiles, &cloudcodev1.StorageProfile{
-			Message: message,
 			Name: profilesCollection + "/" + name, Endpoint: c.Endpoint, Bucket: c.Bucket, Region: c.Region, PathStyle: c.PathStyle,
-			Prefix: c.Root, Encrypted: len(c.EncryptionKey) > 0, AutoMode: protoconv.StorageMode(storage.AutoMode(c)),
+			Prefix: c.Root, Encrypted: len(c.EncryptionKey) > 0, AutoMode: protoconv.StorageMode(storage.AutoMode(c)), Message: message,
 		})
 	}
 	return resp, nil
