@@ -145,7 +145,7 @@ func (a *Agent) tell(upserts []*nodev1.Assignment, removes []string) {
 			// its generation means nothing for the new one.
 			before, found = worker.Detach(a.workerCfg, id), false
 		}
-		adopt := found && inst.State == runtime.StateRunning && inst.Generation == uint64(s.GetGeneration())
+		adopt := found && (inst.State == runtime.StateRunning || inst.State == runtime.StatePaused) && inst.Generation == uint64(s.GetGeneration())
 		a.own(id, worker.Start(a.workerCfg, s, adopt, before))
 	}
 	for _, id := range removes {

@@ -7,7 +7,10 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/cloudcode-dev/cloudcode/internal/container"
 	"github.com/cloudcode-dev/cloudcode/internal/storage"
@@ -51,32 +54,34 @@ func (s *Session) mountSpec() mount.Spec {
 // mountBucket mounts the session's folder of the bucket and has it looked after.
 // In SNAPSHOT mode it is an extra: what is wrong with it is said, and the session runs.
 func (s *Session) mountBucket(ctx context.Context) error {
-	var missing []error
-	for _, m := range s.m.cfg.Mounters {
-		if _, err := m.Version(ctx); err != nil {
-			missing = append(missing, err)
-			continue
-		}
-		s.mounter = m
-		break
-	}
-	if s.mounter == nil {
-		err := fmt.Errorf("%w: %w", ErrNoMounter, errors.Join(missing...))
-		if s.mountMode() {
-			return err
-		}
+	err := s.pickMounter(ctx)
+	switch {
+	case s.p.Ending && errors.Is(err, ErrNoMounter):
+		return nil // then nothing is mounted
+	case errors.Is(err, ErrNoMounter) && !s.mountMode():
 		s.setStatus(func(st *cloudcodev1.StorageStatus) {
 			st.Message = "there is no /root/s3/" + BucketDir + ": neither TigrisFS nor rclone is installed on the node; checkpoints do not need it"
 		})
 		return nil
+	case err != nil:
+		return err
+	case s.p.Ending:
+		return nil
 	}
-	if s.p.Ending {
+	if own, err := s.ownFolder(); err != nil {
+		return err
+	} else if own {
+		s.mounter = nil
+		s.setStatus(func(st *cloudcodev1.StorageStatus) {
+			st.Message = "the session has files of its own in /root/s3/" + BucketDir + ", so the bucket is not shown there: move them, then suspend and resume the session"
+		})
 		return nil
 	}
 	s.p.Progress("mount", "mounting the bucket with "+s.mounter.Name(), 0, 0)
 	s.setStatus(func(st *cloudcodev1.StorageStatus) { st.Mounter = s.mounter.Name() })
 	s.supervisor = &mount.Supervisor{
-		Mounter: s.mounter, Spec: s.mountSpec(), Log: s.log, Remounted: s.Attach,
+		Mounter: s.mounter, Spec: s.mountSpec(), Log: s.log, Remounted: s.Attach, Resume: s.resumed,
+		Own: func(ctx context.Context) error { return s.repo.Verify(ctx, s.owner) },
 		OnChange: func(state mount.State, message string) {
 			s.mountChanged(map[mount.State]cloudcodev1.StorageStatus_MountState{
 				mount.Mounted: cloudcodev1.StorageStatus_MOUNTED, mount.Remounting: cloudcodev1.StorageStatus_REMOUNTING,
@@ -84,7 +89,7 @@ func (s *Session) mountBucket(ctx context.Context) error {
 			}[state], message)
 		},
 	}
-	err := s.supervisor.Start(ctx)
+	err = s.supervisor.Start(ctx)
 	switch {
 	case s.mountMode() && err == nil:
 		err = s.seed(ctx)
@@ -97,6 +102,50 @@ func (s *Session) mountBucket(ctx context.Context) error {
 		s.stopSupervising()
 	}
 	return err
+}
+
+// pickMounter takes the one that has the session's mount, or else the first that is
+// installed. Returns ErrNoMounter.
+func (s *Session) pickMounter(ctx context.Context) error {
+	missing := []error{ErrNoMounter}
+	for _, m := range s.m.cfg.Mounters {
+		mounts, err := m.List(ctx)
+		if err != nil {
+			return err
+		}
+		for _, i := range mounts {
+			if i.ID == mountID(s.p.Volume) {
+				s.mounter = m
+				return nil
+			}
+		}
+	}
+	for _, m := range s.m.cfg.Mounters {
+		_, err := m.Version(ctx)
+		if err == nil {
+			s.mounter = m
+			return nil
+		}
+		missing = append(missing, err)
+	}
+	return errors.Join(missing...)
+}
+
+// ownFolder says whether the session has put files of its own where SNAPSHOT mode
+// shows the bucket: in a time without a mounter, or before a checkpoint was restored.
+func (s *Session) ownFolder() (bool, error) {
+	point := filepath.Join(s.p.Volume.S3Dir, BucketDir)
+	if s.mountMode() || mount.CheckBare(point) != nil {
+		return false, nil
+	}
+	entries, err := os.ReadDir(point)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if errors.Is(err, unix.ENOTDIR) {
+		return true, nil
+	}
+	return len(entries) > 0, err
 }
 
 // mountLater tries until the bucket is mounted, for a session that runs without it.
@@ -156,23 +205,41 @@ func (s *Session) seed(ctx context.Context) error {
 	if _, err := os.Stat(done); err == nil || !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	for _, dir := range localDirs {
-		entries, err := os.ReadDir(filepath.Join(v.S3Dir, dir))
-		if err != nil {
+	begun := filepath.Join(v.StateDir, "seeding")
+	if _, err := os.Stat(begun); errors.Is(err, fs.ErrNotExist) {
+		for _, dir := range localDirs {
+			entries, err := os.ReadDir(filepath.Join(v.S3Dir, dir))
+			if err != nil {
+				return err
+			}
+			if len(entries) > 0 { // from a checkpoint
+				return os.WriteFile(done, nil, 0o600)
+			}
+		}
+		if err := os.WriteFile(begun, nil, 0o600); err != nil {
 			return err
 		}
-		if len(entries) > 0 { // from a checkpoint, or from earlier
-			return os.WriteFile(done, nil, 0o600)
-		}
+	} else if err != nil {
+		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, seedTimeout)
 	defer cancel()
 	for _, dir := range localDirs {
+		// What is there is half of an earlier try.
+		if err := mount.RemoveAll(filepath.Join(v.S3Dir, dir)); err != nil {
+			return err
+		}
+		if err := makeOwned(filepath.Join(v.S3Dir, dir), v.IDBase); err != nil {
+			return err
+		}
 		if err := copyTree(ctx, v, dir); err != nil {
 			return fmt.Errorf("copying %s out of the bucket: %w", dir, err)
 		}
 	}
-	return os.WriteFile(done, nil, 0o600)
+	if err := os.WriteFile(done, nil, 0o600); err != nil {
+		return err
+	}
+	return os.Remove(begun)
 }
 
 // copyTree copies a folder of the mount to the local tree.
@@ -245,8 +312,8 @@ func (s *Session) Attach(ctx context.Context) error {
 		for _, dir := range localDirs {
 			over = append(over, mount.Bind{Source: filepath.Join(v.S3Dir, dir), Target: dir})
 		}
-	} else if err := makeOwned(s.point(), v.IDBase); err != nil {
-		return err
+	} else if err := os.Mkdir(s.point(), 0o555); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err // the machine's own and not to be written to: that would not be in the bucket
 	}
 	if s.a.GetStorage().GetPrefix() == "" {
 		// Checkpoints of all sessions lie in this one's folder: not for its eyes.
@@ -299,6 +366,14 @@ func (m *Manager) Drop(ctx context.Context, v volume.Volume) error {
 // Detach takes a volume's bucket away from where containers see it.
 func Detach(v volume.Volume) error {
 	return errors.Join(mount.Detach(v.RootDir), mount.Detach(filepath.Join(v.S3Dir, BucketDir)))
+}
+
+// DropSession ends the mounts of a session of which only its id is known.
+func (m *Manager) DropSession(ctx context.Context, session string) error {
+	return m.DropOthers(ctx, func(volume string) bool {
+		i := strings.LastIndexByte(volume, '-')
+		return i < 0 || volume[:i] != session
+	})
 }
 
 // DropOthers ends the mounts of volumes that keep does not know: their sessions

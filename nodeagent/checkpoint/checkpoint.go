@@ -24,6 +24,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/protobuf/encoding/protojson"
@@ -169,11 +170,15 @@ type Session struct {
 	// supervisor looks after the mount; nil if nothing is mounted. later is what mounts
 	// when that has failed at first.
 	supervisor  *mount.Supervisor
+	resumed     bool // nobody else has written to the bucket since this node mounted it last
 	later       sync.WaitGroup
 	cancelLater context.CancelFunc
 	log         *slog.Logger
 
+	// acquired: the head says that the session is this owner's.
+	acquired atomic.Bool
 	requests chan request
+	ended    chan struct{} // closed when Run has returned
 	activity activity
 
 	mu      sync.Mutex
@@ -181,7 +186,6 @@ type Session struct {
 	version string // of OpenCode
 
 	// Used by Open, then by Run's loop, and by Finish after it.
-	acquired bool  // the head says that the session is this owner's
 	away     error // why it does not yet
 	writer   *checkpoint.Writer
 	look     time.Duration // that it took to find that nothing has changed
@@ -212,7 +216,7 @@ func (m *Manager) Open(ctx context.Context, p Params) (_ *Session, err error) {
 			SessionID: a.GetSessionId(), SessionUID: a.GetSessionUid(),
 			Node: m.cfg.Node, Instance: m.cfg.Instance, Generation: uint64(a.GetGeneration()),
 		},
-		requests: make(chan request),
+		requests: make(chan request), ended: make(chan struct{}),
 		status:   &cloudcodev1.StorageStatus{Mode: a.GetStorage().GetMode(), Persistent: true, Uri: uri(a.GetStorage())},
 	}
 	cfg := StorageConfig(a.GetStorage())
@@ -276,36 +280,46 @@ func (s *Session) takeOver(ctx context.Context) error {
 	}
 	ours := was.UID == s.owner.SessionUID && was.Instance == s.owner.Instance
 	if ours && was.Acquired == s.owner.Generation {
-		s.acquired = true
-		return nil
+		return s.stillOurs(ctx)
 	}
-	head, err := s.repo.Head(ctx)
-	fresh := errors.Is(err, checkpoint.ErrNotFound)
-	if errors.Is(err, objstore.ErrUnavailable) && s.p.Adopt && ours && was.Acquired != 0 && s.a.GetRestoreCheckpoint() == "" {
-		s.log.Warn("the object store is away: the session goes on, and is taken over for its new generation later", "error", err)
-		s.away = err
-		return nil
-	}
-	if err != nil && !fresh {
+	look, err := s.repo.Head(ctx)
+	existed := !errors.Is(err, checkpoint.ErrNotFound)
+	if existed && err != nil {
+		if errors.Is(err, objstore.ErrUnavailable) && s.p.Adopt && ours && was.Acquired != 0 && s.a.GetRestoreCheckpoint() == "" {
+			s.log.Warn("the object store is away: the session goes on, and is taken over for its new generation later", "error", err)
+			s.away = err
+			return nil
+		}
 		return err
 	}
-	// Whether the local tree has all that the head's owner has ever had.
-	newest := ours && was.Acquired != 0 && !fresh && head.Owner.SessionUID == s.owner.SessionUID &&
-		head.Owner.Node == s.owner.Node && head.Owner.Instance == s.owner.Instance &&
-		(head.Owner.Generation == was.Acquired || head.Owner.Generation == was.Acquiring)
-	next := mark{UID: s.owner.SessionUID, Instance: s.owner.Instance, Acquiring: s.owner.Generation, Restoring: was.Restoring}
+	// What the mark says must hold whenever this process dies: before the head is
+	// taken, it says of a tree that is not the newest that it is not.
+	next := mark{UID: s.owner.SessionUID, Instance: s.owner.Instance, Acquiring: s.owner.Generation}
+	newest := ours && s.newest(was, look, existed)
 	if newest {
-		next.Acquired = was.Acquired
+		next.Acquired, next.Restoring = was.Acquired, was.Restoring
+		if existed {
+			next.Acquired = look.Owner.Generation
+		}
 	}
 	if err := next.save(dir); err != nil {
 		return err
 	}
-	if _, _, err := s.repo.Acquire(ctx, s.owner); err != nil {
+	// From here on only what the head was when it was taken counts: the owner before
+	// may have moved it once more.
+	head, existed, err := s.repo.Acquire(ctx, s.owner)
+	if err != nil {
 		return err
 	}
-	s.acquired = true
+	s.acquired.Store(true)
+	newest = newest && s.newest(next, head, existed)
+	s.resumed = newest && existed
 	if !newest {
-		if err := s.bring(ctx, head, fresh); err != nil {
+		next.Acquired, next.Restoring = 0, ""
+		if err := next.save(dir); err != nil {
+			return err
+		}
+		if err := s.bring(ctx, head, existed); err != nil {
 			return err
 		}
 		if s.due(head) { // there is nothing here that the restore would have to save
@@ -319,14 +333,83 @@ func (s *Session) takeOver(ctx context.Context) error {
 	return next.save(dir)
 }
 
+// newest says whether the local tree has all that the head's owner has ever had.
+func (s *Session) newest(m mark, head checkpoint.Head, existed bool) bool {
+	switch {
+	case m.Acquired == 0:
+		return false
+	case !existed:
+		return true // somebody has emptied the bucket: there is no other copy
+	case m.Restoring != "" && (m.Restoring != s.wanted() || !s.due(head)):
+		return false // half replaced, for a restore that nobody wants any more; it was saved before
+	}
+	o := head.Owner
+	return o.SessionUID == s.owner.SessionUID && o.Node == s.owner.Node && o.Instance == s.owner.Instance &&
+		(o.Generation == m.Acquired || o.Generation == m.Acquiring)
+}
+
+// stillOurs is for what was taken over for this very generation before. An object
+// store that is away does not keep a session on this node's disk from starting
+// again; one in a bucket needs it anyway.
+func (s *Session) stillOurs(ctx context.Context) error {
+	s.acquired.Store(true)
+	if s.p.Adopt {
+		return nil // it runs; Run looks at once
+	}
+	err := s.repo.Verify(ctx, s.owner)
+	s.resumed = err == nil
+	switch {
+	case errors.Is(err, ErrFenced):
+		s.fenced(ctx)
+		return err
+	case errors.Is(err, checkpoint.ErrNotFound): // it is made anew with the next save
+		return nil
+	case err != nil && !s.mountMode():
+		s.log.Warn("it is not known whether the session is still this node's: it starts all the same", "error", err)
+		return nil
+	}
+	return err
+}
+
+// unsavedFile, in the volume's state folder, says that there are changes that could
+// not be saved: then the files are not removed with the session.
+const unsavedFile = "unsaved"
+
+func (s *Session) markUnsaved() {
+	if err := os.WriteFile(filepath.Join(s.p.Volume.StateDir, unsavedFile), nil, 0o600); err != nil {
+		s.log.Warn("it cannot be noted that there are unsaved changes", "error", err)
+	}
+}
+
+// Unsaved says whether a volume has changes that could not be saved.
+func (m *Manager) Unsaved(v volume.Volume) bool {
+	_, err := os.Stat(filepath.Join(v.StateDir, unsavedFile))
+	return err == nil
+}
+
+// fenced notes that the session is another node's: nothing that is here is taken
+// for its newest state any more.
+func (s *Session) fenced(ctx context.Context) {
+	s.acquired.Store(false)
+	if s.writer != nil {
+		if changed, err := s.writer.Changed(ctx); changed || err != nil {
+			s.markUnsaved()
+		}
+	}
+	m := mark{UID: s.owner.SessionUID, Instance: s.owner.Instance}
+	if err := m.save(s.p.Volume.StateDir); err != nil {
+		s.log.Warn("it cannot be noted that another node has the session", "error", err)
+	}
+}
+
 // bring makes the local tree that of the head. What was here before is of an
 // older owner: what that had not saved yet is put aside and not deleted.
-func (s *Session) bring(ctx context.Context, head checkpoint.Head, fresh bool) error {
+func (s *Session) bring(ctx context.Context, head checkpoint.Head, existed bool) error {
 	if err := s.p.Stop(ctx); err != nil {
 		return err
 	}
 	// Ours by now means that this was begun before, and perhaps not waited out.
-	if !fresh && !head.Released && s.a.GetStorage().GetMode() == cloudcodev1.Storage_MOUNT {
+	if existed && !head.Released && s.mountMode() {
 		s.p.Progress("mount", "waiting until the node before has let go of the bucket", 0, 0)
 		select {
 		case <-time.After(takeoverWait):
@@ -341,7 +424,7 @@ func (s *Session) bring(ctx context.Context, head checkpoint.Head, fresh bool) e
 	if err := s.setAside(); err != nil {
 		return err
 	}
-	if fresh || head.Manifest == "" || s.due(head) {
+	if !existed || head.Manifest == "" || s.due(head) {
 		return s.makeTree()
 	}
 	if err := s.fetch(ctx, head.Manifest); err != nil {
@@ -393,6 +476,9 @@ func (s *Session) setAside() error {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
+	if v.DiskBytes > 0 && !s.m.Unsaved(v) {
+		return mount.RemoveAll(v.S3Dir) // there may be no room for two
+	}
 	if len(entries) > 0 {
 		if err := mount.RemoveAll(aside); err != nil {
 			return err
@@ -443,9 +529,10 @@ func (s *Session) wanted() string {
 }
 
 // due says whether the assignment asks for a restore that was not done yet. What
-// the head names is not needed then: it may be what is damaged.
+// the head names is not needed then: it may be what is damaged. A session that is
+// only finished is saved as it is.
 func (s *Session) due(head checkpoint.Head) bool {
-	return s.a.GetRestoreCheckpoint() != "" && head.Restored != s.wanted()
+	return !s.p.Ending && s.a.GetRestoreCheckpoint() != "" && head.Restored != s.wanted()
 }
 
 // restore takes the session back to the checkpoint that the assignment names,

@@ -4,8 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"os"
 	"path"
+	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -30,16 +34,28 @@ const (
 	slowAfter     = 8 * time.Second // a save that takes longer is said
 	firstBackoff  = time.Second
 	longBackoff   = 15 * time.Second
-	verifyEvery   = 15 * time.Second // that nobody has taken over, without a mount
+	verifyFirst   = 100 * time.Millisecond // after the start: that nobody has taken over
+	verifyEvery   = 15 * time.Second       // later, without a mount
+	verifyAgain   = time.Second            // while the object store does not answer
 	retainEvery   = 5 * time.Minute
 	retainTimeout = time.Minute
 )
 
-// Excluded says what of a session's tree is not saved.
+// Excluded says what of a session's tree is not saved, the bucket itself included
+// where that is shown in it.
 func Excluded(rel string, isDir bool) bool {
+	return rel == BucketDir || excluded(rel, isDir)
+}
+
+func (s *Session) excluded() func(string, bool) bool {
+	if s.mounter != nil && !s.mountMode() {
+		return Excluded
+	}
+	return excluded // a folder of that name is the session's own
+}
+
+func excluded(rel string, isDir bool) bool {
 	switch {
-	case rel == BucketDir: // the bucket itself
-		return true
 	case rel == ".opencode/data/opencode/log" && isDir:
 		return true
 	case strings.HasPrefix(rel, ".opencode/data/opencode/") && strings.HasSuffix(rel, ".db-shm"):
@@ -54,18 +70,26 @@ func (s *Session) openWriter(ctx context.Context) error {
 	if s.writer != nil {
 		return nil
 	}
-	if !s.acquired {
+	if !s.acquired.Load() {
 		if err := s.takeOver(ctx); err != nil {
 			return err
 		}
-		if !s.acquired {
+		if !s.acquired.Load() {
 			return s.away
 		}
 	}
-	w, err := s.repo.NewWriter(ctx, checkpoint.WriterOptions{
+	options := checkpoint.WriterOptions{
 		Dir: s.p.Volume.S3Dir, IDBase: s.p.Volume.IDBase, Owner: s.owner, StateDir: s.p.Volume.StateDir,
-		Exclude: Excluded, Log: s.log,
-	})
+		Exclude: s.excluded(), Log: s.log,
+	}
+	w, err := s.repo.NewWriter(ctx, options)
+	if errors.Is(err, checkpoint.ErrNotFound) {
+		// Somebody has emptied the bucket. What is here is all that is left.
+		s.log.Warn("the session's head is gone from the bucket: making it anew", "error", err)
+		if _, _, err = s.repo.Acquire(ctx, s.owner); err == nil {
+			w, err = s.repo.NewWriter(ctx, options)
+		}
+	}
 	if err != nil {
 		return err
 	}
@@ -124,11 +148,15 @@ func (s *Session) save(ctx context.Context, trigger string, freeze func(context.
 		})
 	}()
 	slow.Stop()
+	if errors.Is(err, checkpoint.ErrNotFound) {
+		s.closeWriter() // its head is gone; the next one makes it anew
+	}
 	if err != nil {
 		if !errors.Is(context.Cause(ctx), context.Canceled) {
 			s.setStatus(func(st *cloudcodev1.StorageStatus) {
 				// Nothing of a session that is another's is waiting to be saved.
 				if st.GetUnsavedSince() == nil && !errors.Is(err, ErrFenced) {
+					s.markUnsaved()
 					st.UnsavedSince = timestamppb.New(began)
 				}
 				st.Message = unsavedMessage(err)
@@ -144,6 +172,9 @@ func (s *Session) save(ctx context.Context, trigger string, freeze func(context.
 			st.UnsavedSince, st.Message = nil, ""
 		}
 	})
+	if err := os.Remove(filepath.Join(s.p.Volume.StateDir, unsavedFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		s.log.Warn("it cannot be noted that all is saved", "error", err)
+	}
 	stats := s.writer.Stats()
 	if info.Unchanged {
 		s.look = stats.Total
@@ -168,12 +199,69 @@ func unsavedMessage(err error) string {
 // Run saves the session until ctx ends or another node has taken over: then it
 // returns ErrFenced, and the container must go. What changed last is saved by Finish.
 func (s *Session) Run(ctx context.Context) error {
+	defer close(s.ended)
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var watching sync.WaitGroup
+	defer watching.Wait()
+	// Beside the saves: one of them may take minutes.
+	watching.Go(func() {
+		if err := s.watchOwner(ctx); err != nil {
+			cancel(err)
+		}
+	})
+	err := s.keepSaving(ctx)
+	if cause := context.Cause(ctx); errors.Is(cause, ErrFenced) {
+		err = cause
+	}
+	cancel(nil)
+	watching.Wait()
+	if errors.Is(err, ErrFenced) {
+		s.fenced(context.WithoutCancel(ctx))
+	}
+	return err
+}
+
+// watchOwner looks again and again whether the session is still this node's, and
+// returns ErrFenced if it is not. While the object store does not answer it asks
+// every second: what a mounter could not write meanwhile it writes as soon as it can.
+func (s *Session) watchOwner(ctx context.Context) error {
+	wait := verifyFirst
+	for {
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+			return nil
+		}
+		wait = s.verifyPeriod()
+		if !s.acquired.Load() {
+			continue // the head is of the generation before
+		}
+		vctx, cancel := context.WithTimeout(ctx, checkInterval)
+		err := s.repo.Verify(vctx, s.owner)
+		cancel()
+		switch {
+		case errors.Is(err, ErrFenced):
+			return err
+		case err != nil && !errors.Is(err, checkpoint.ErrNotFound):
+			wait = verifyAgain
+		}
+	}
+}
+
+func (s *Session) verifyPeriod() time.Duration {
+	if s.mountMode() {
+		return checkInterval
+	}
+	return verifyEvery
+}
+
+func (s *Session) keepSaving(ctx context.Context) error {
 	var (
 		timer    = time.NewTimer(idleShortest)
 		nextTry  time.Time // after a failure
 		backoff  = firstBackoff
 		turn     bool // a turn has ended that is not saved yet
-		verified = time.Now()
 		retained = time.Now()
 	)
 	defer timer.Stop()
@@ -182,9 +270,6 @@ func (s *Session) Run(ctx context.Context) error {
 		switch {
 		case err == nil:
 			nextTry, backoff = time.Time{}, firstBackoff
-			if !info.Unchanged { // else nobody was asked
-				verified = time.Now()
-			}
 			if turn && (trigger == TriggerTurn || info.Time.After(s.activity.turnTime())) {
 				turn = false
 				s.p.Checkpointed(Proto(info))
@@ -222,12 +307,6 @@ func (s *Session) Run(ctx context.Context) error {
 			if !time.Now().Before(nextTry) {
 				_, err = attempt(trigger)
 			}
-			if !errors.Is(err, ErrFenced) && time.Since(verified) > s.verifyPeriod() {
-				verified = time.Now()
-				if verr := s.repo.Verify(ctx, s.owner); errors.Is(verr, ErrFenced) {
-					err = verr
-				}
-			}
 			if err == nil && time.Since(retained) > retainEvery {
 				retained = time.Now()
 				s.retain(ctx)
@@ -238,13 +317,6 @@ func (s *Session) Run(ctx context.Context) error {
 		}
 		timer.Reset(s.period())
 	}
-}
-
-func (s *Session) verifyPeriod() time.Duration {
-	if s.a.GetStorage().GetMode() == cloudcodev1.Storage_MOUNT {
-		return checkInterval
-	}
-	return verifyEvery
 }
 
 // period until the tree is looked at again.
@@ -269,16 +341,23 @@ func (s *Session) retain(ctx context.Context) {
 	}
 }
 
-// SaveNow makes a checkpoint by Run's loop. Returns an error of class
-// context.Canceled if ctx or the loop ends first.
+// errEnded: a save was asked for, and the session ends.
+var errEnded = fmt.Errorf("%w: the session ends or starts again just now", objstore.ErrUnavailable)
+
+// SaveNow makes a checkpoint by Run's loop, as soon as that runs. Returns
+// objstore.ErrUnavailable if the loop ends first. Run is called once.
 func (s *Session) SaveNow(ctx context.Context, trigger string) (*cloudcodev1.Checkpoint, error) {
 	r := request{trigger: trigger, done: make(chan result, 1)}
 	select {
 	case s.requests <- r:
+	case <-s.ended:
+		return nil, errEnded
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
 	select {
+	case <-s.ended:
+		return nil, errEnded
 	case res := <-r.done:
 		if res.err != nil {
 			return nil, res.err

@@ -41,12 +41,18 @@ type Supervisor struct {
 	// OnChange is told the state, and what to say about it, when either changes.
 	// It is called from one goroutine at a time and must not wait for the Supervisor.
 	OnChange func(state State, message string)
+	// Own, if not nil, says whether what is mounted is still ours to write to. It is
+	// asked before a mounter is started that would write what a dead one left.
+	Own func(ctx context.Context) error
+	// Resume says that nobody else has written there since the mount was made last,
+	// perhaps by an earlier daemon: Start goes on with what a dead mounter left.
+	Resume bool
 	// Remounted is called after the mount was made anew, before it counts as
 	// mounted: who has bound it elsewhere attaches it again. An error is a failure
 	// like that of mounting.
 	Remounted func(ctx context.Context) error
 
-	// Interval between probes; 3 s. HungAfter is how long a mount may not answer
+	// Interval between probes, each of which is a child process; 5 s. HungAfter is how long a mount may not answer
 	// before its mounter is killed with what it has not written; 20 s.
 	Interval, HungAfter time.Duration
 
@@ -70,7 +76,7 @@ const (
 // of Mounter.Mount nothing runs.
 func (s *Supervisor) Start(ctx context.Context) error {
 	if s.Interval <= 0 {
-		s.Interval = 3 * time.Second
+		s.Interval = 5 * time.Second
 	}
 	if s.HungAfter <= 0 {
 		s.HungAfter = 20 * time.Second
@@ -78,7 +84,7 @@ func (s *Supervisor) Start(ctx context.Context) error {
 	if s.Log == nil {
 		s.Log = slog.New(slog.DiscardHandler)
 	}
-	if err := s.Mounter.Mount(ctx, s.Spec); err != nil {
+	if err := s.mounting(s.Resume)(ctx, s.Spec); err != nil {
 		return err
 	}
 	s.change(Mounted, "")
@@ -205,18 +211,28 @@ func (s *Supervisor) heal(ctx context.Context, reason error, failures *int) bool
 func (s *Supervisor) remount(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, remountTimeout)
 	defer cancel()
-	mount := s.Mounter.Mount
-	if r, ok := s.Mounter.(Remounter); ok {
-		// We have watched it all the time: nobody else writes there.
-		mount = r.Remount
+	if s.Own != nil {
+		if err := s.Own(ctx); err != nil {
+			return fmt.Errorf("not mounted anew: %w", err)
+		}
 	}
-	if err := mount(ctx, s.Spec); err != nil {
+	// We have watched it all the time: nobody else writes there.
+	if err := s.mounting(true)(ctx, s.Spec); err != nil {
 		return err
 	}
 	if s.Remounted == nil {
 		return nil
 	}
 	return s.Remounted(ctx)
+}
+
+// mounting is how to mount: with resume, what a dead mounter left is written, where
+// the mounter can do that.
+func (s *Supervisor) mounting(resume bool) func(context.Context, Spec) error {
+	if r, ok := s.Mounter.(Remounter); ok && resume {
+		return r.Remount
+	}
+	return s.Mounter.Mount
 }
 
 // sleep returns false at the end of ctx.

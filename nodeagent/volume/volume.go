@@ -197,7 +197,7 @@ func (m *Manager) create(ctx context.Context, session string, diskBytes int64) (
 	}
 	defer func() {
 		if err != nil {
-			_ = os.RemoveAll(dir)
+			_ = mount.RemoveAll(dir)
 		}
 	}()
 	if diskBytes > 0 {

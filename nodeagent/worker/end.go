@@ -18,6 +18,11 @@ func (w *Worker) detach(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, cleanTimeout)
 	defer cancel()
 	a := w.last
+	if a == nil && w.cfg.Storage != nil { // of an earlier daemon that has left no assignment
+		if err := w.cfg.Storage.DropSession(ctx, w.session); err != nil {
+			return errors.Join(err, w.cfg.Runtime.Kill(ctx, w.session))
+		}
+	}
 	if a.GetStorage() == nil {
 		return w.cfg.Runtime.Stop(ctx, w.session, stopGrace)
 	}
@@ -35,19 +40,11 @@ func (w *Worker) detach(ctx context.Context) error {
 	if err := w.cfg.Runtime.Kill(ctx, w.session); err != nil {
 		return err
 	}
-	if w.unsaved() {
+	if w.cfg.Storage.Unsaved(vol) {
 		w.log.Warn("changes of a session that went on elsewhere were never saved: its files are left here", "folder", vol.Dir)
 		return nil
 	}
 	return w.cfg.Volumes.Remove(ctx, VolumeName(a))
-}
-
-// unsaved says whether the last that was known of the session's storage is that
-// it could not be saved.
-func (w *Worker) unsaved() bool {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.status.GetStorage().GetUnsavedSince() != nil
 }
 
 // suspend saves and stops the session, reports that, and waits for the next

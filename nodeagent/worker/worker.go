@@ -303,8 +303,12 @@ func (w *Worker) run(ctx context.Context, adopt bool) {
 		if err != nil && context.Cause(actx) == nil { // neither reassigned nor told to end
 			failures++
 			w.failed(a, err, failures)
+			again := time.After(backoff(failures, err))
+			if errors.Is(err, checkpoint.ErrFenced) {
+				again = nil // never by itself: the session runs elsewhere
+			}
 			select {
-			case <-time.After(backoff(failures, err)):
+			case <-again:
 			case <-actx.Done():
 			}
 		}
