@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -366,6 +367,37 @@ func TestTakeoverFindsTheLastSave(t *testing.T) {
 	}
 }
 
+// A bucket that somebody has emptied is no other owner. Acquired anew, all of the
+// session is sent again: nothing that was sent before is relied on.
+func TestHeadIsMissing(t *testing.T) {
+	m := objstore.NewMemory()
+	r := newRig(t, m, nil)
+	r.put("a", random(1, 300_000))
+	r.put("b/c", "2")
+	r.save()
+	must(t, m.Delete(t.Context(), m.Keys()...))
+	r.put("d", random(2, 300_000))
+	_, saveErr := r.w.Save(t.Context(), noFreeze, Meta{})
+	_, writerErr := r.s.NewWriter(t.Context(), r.o)
+	for name, err := range map[string]error{
+		"Verify": r.s.Verify(t.Context(), owner1), "Release": r.s.Release(t.Context(), owner1, true), "Save": saveErr, "NewWriter": writerErr,
+	} {
+		if !errors.Is(err, ErrNotFound) || errors.Is(err, ErrFenced) || !strings.Contains(err.Error(), r.s.headKey()) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if left := slices.DeleteFunc(m.Keys(), func(k string) bool { return !strings.Contains(k, "/sessions/") }); len(left) > 0 {
+		t.Errorf("a save that found no head left %q", left)
+	}
+	if _, existed, err := r.s.Acquire(t.Context(), owner1); err != nil || existed {
+		t.Fatalf("%v, %v", existed, err)
+	}
+	r.reopen(true)
+	r.save()
+	r.check()
+	must(t, r.s.Check(t.Context(), ""))
+}
+
 func TestHeadTakeover(t *testing.T) {
 	ctx := t.Context()
 	repo, err := Open(objstore.NewMemory(), "", nil)
@@ -390,7 +422,13 @@ func TestHeadTakeover(t *testing.T) {
 		{o: o("u", "c", 4)},
 		{o: o("u", "b", 4), fenced: true},
 		{o: o("u", "c", 4), release: true},
-		{o: o("v", "d", 1)},
+		// Another session on its prefix, and who is late of the one or the other.
+		{o: o("v", "d", 4), fenced: true},
+		{o: o("v", "d", 5)},
+		{o: o("u", "c", 6), fenced: true},
+		{o: o("v", "d", 5), release: true},
+		{o: o("u", "c", 4), fenced: true},
+		{o: o("w", "e", 6)},
 	} {
 		_, _, err := s.Acquire(ctx, step.o)
 		if errors.Is(err, ErrFenced) != step.fenced || err != nil && !step.fenced {
@@ -405,6 +443,66 @@ func TestHeadTakeover(t *testing.T) {
 	must(t, err)
 	if h.Released || !h.DeleteTime.IsZero() || time.Since(h.Time) > time.Minute {
 		t.Errorf("%+v", h)
+	}
+}
+
+// A purge takes the session first, so that nobody writes into what it removes, and
+// leaves a head that late owners find.
+func TestPurgeFences(t *testing.T) {
+	r := newRig(t, objstore.NewMemory(), nil)
+	r.put("a", "1")
+	r.save()
+	end := Owner{SessionID: "s", SessionUID: "u1", Generation: 2}
+	for name, o := range map[string]Owner{
+		"same generation": {SessionID: "s", SessionUID: "u1", Generation: 1},
+		"another session": {SessionID: "s", SessionUID: "u2", Generation: 2},
+	} {
+		if err := r.s.Retire(t.Context(), o, false); !errors.Is(err, ErrFenced) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	must(t, r.s.Verify(t.Context(), owner1))
+	if err := r.s.Purge(t.Context(), end); !errors.Is(err, ErrFenced) {
+		t.Errorf("a purge of what it does not own: %v", err)
+	}
+	r.check()
+	must(t, r.s.Retire(t.Context(), end, false))
+	must(t, r.s.Retire(t.Context(), end, false))
+	if err := r.s.Verify(t.Context(), owner1); !errors.Is(err, ErrFenced) {
+		t.Error(err)
+	}
+	taken := Owner{SessionID: "s", SessionUID: "u2", Node: "n", Instance: "i", Generation: 3}
+	if _, _, err := r.s.Acquire(t.Context(), taken); !errors.Is(err, ErrFenced) {
+		t.Errorf("taken in the middle of a purge: %v", err)
+	}
+	r.check()
+	must(t, r.s.Purge(t.Context(), end))
+	must(t, r.s.Purge(t.Context(), end))
+	if h, err := r.s.Head(t.Context()); err != nil || !h.Purged() || h.Owner != end || len(keys(t, r.store, r.s.manifests())) > 0 {
+		t.Errorf("%+v, %v", h, err)
+	}
+	for range r.repo.Sessions(t.Context()) {
+		t.Error("a purged session is listed")
+	}
+	for _, late := range []Owner{owner1, {SessionID: "s", SessionUID: "u0", Node: "n", Instance: "i", Generation: 2}} {
+		if _, _, err := r.s.Acquire(t.Context(), late); !errors.Is(err, ErrFenced) {
+			t.Errorf("%s: %v", late, err)
+		}
+	}
+	if _, _, err := r.s.Acquire(t.Context(), taken); err != nil {
+		t.Error(err)
+	}
+	if err := r.s.Purge(t.Context(), end); !errors.Is(err, ErrFenced) {
+		t.Errorf("purged again when another has it: %v", err)
+	}
+	// Let go of for now, by the owner of a session that was recovered elsewhere.
+	moved := Owner{SessionID: "s", SessionUID: "u2", Node: "n", Instance: "i", Generation: 4}
+	if _, _, err := r.s.Acquire(t.Context(), moved); err != nil {
+		t.Error(err)
+	}
+	must(t, r.s.Release(t.Context(), moved, false))
+	if err := r.s.Retire(t.Context(), Owner{SessionID: "s", SessionUID: "u2", Generation: 4}, true); !errors.Is(err, ErrFenced) {
+		t.Error(err)
 	}
 }
 

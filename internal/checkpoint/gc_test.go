@@ -61,7 +61,7 @@ func TestGarbageCollectionRaces(t *testing.T) {
 		ahead += time.Second
 		clock.Unlock()
 		if i%3 == 0 {
-			must(t, fork.Purge(t.Context()))
+			must(t, fork.Purge(t.Context(), Owner{SessionID: "f"}))
 		}
 	}
 	close(stop)
@@ -73,7 +73,7 @@ func TestGarbageCollectionRaces(t *testing.T) {
 	r.check()
 	for st, err := range r.repo.Sessions(t.Context()) {
 		must(t, err)
-		must(t, r.repo.Session(st.Prefix).Purge(t.Context()))
+		must(t, r.repo.Session(st.Prefix).Purge(t.Context(), st.Head.Owner))
 	}
 	ahead += time.Hour
 	if _, err := r.repo.CollectGarbage(t.Context(), GCOptions{Grace: time.Second}); err != nil {
@@ -181,4 +181,108 @@ func TestRetentionPolicy(t *testing.T) {
 			rt.Errorf("%s goes the second time", id)
 		}
 	})
+}
+
+// What is left of sessions goes late: manifests without a head, with their packs, and
+// heads of what was purged. A session that has only just begun, and one that cannot be
+// read, stay.
+func TestGarbageOfSessions(t *testing.T) {
+	m := objstore.NewMemory()
+	r := newRig(t, m, nil)
+	r.put("a", random(1, 100_000))
+	id := r.save().ID
+	end := Owner{SessionID: "s", SessionUID: "u1", Generation: 2}
+	purged, begun, broken := r.repo.Session("purged"), r.repo.Session("begun"), r.repo.Session("broken")
+	must(t, purged.Retire(t.Context(), end, false))
+	must(t, purged.Purge(t.Context(), end))
+	_, _, err := begun.Acquire(t.Context(), owner1)
+	must(t, err)
+	_, err = m.Put(t.Context(), broken.headKey(), []byte("{"), objstore.PutOptions{})
+	must(t, err)
+	// Its head was removed.
+	text, _, err := m.Get(t.Context(), r.s.headKey())
+	must(t, err)
+	must(t, m.Delete(t.Context(), r.s.headKey()))
+	collect := func(ahead time.Duration) GCStats {
+		t.Helper()
+		m.Now = func() time.Time { return time.Now().Add(ahead) }
+		dry, err := r.repo.CollectGarbage(t.Context(), GCOptions{DryRun: true})
+		must(t, err)
+		st, err := r.repo.CollectGarbage(t.Context(), GCOptions{})
+		must(t, err)
+		if dry.Orphans != st.Orphans || dry.Deleted != st.Deleted {
+			t.Errorf("without deleting %+v, and then %+v", dry, st)
+		}
+		return st
+	}
+	if st := collect(leftAge - time.Hour); st.Orphans+st.Purged+st.Deleted > 0 || st.Manifests != 1 {
+		t.Errorf("early: %+v", st)
+	}
+	// It may be put back until then.
+	_, err = m.Put(t.Context(), r.s.headKey(), text, objstore.PutOptions{})
+	must(t, err)
+	if st := collect(leftAge + time.Hour); st.Orphans+st.Deleted > 0 || st.Purged != 1 {
+		t.Errorf("put back: %+v", st)
+	}
+	r.check()
+	must(t, m.Delete(t.Context(), r.s.headKey()))
+	if st := collect(leftAge + time.Hour); st.Orphans != 1 || st.Deleted == 0 || st.Manifests != 0 {
+		t.Errorf("late: %+v", st)
+	}
+	if left := append(keys(t, m, r.s.key(id)), keys(t, m, r.repo.packs())...); len(left) > 0 {
+		t.Errorf("left: %q", left)
+	}
+	for _, s := range []*Session{begun, broken} {
+		if len(keys(t, m, s.headKey())) != 1 {
+			t.Errorf("the head of %s is gone", s.Prefix())
+		}
+	}
+	if _, err := purged.Head(t.Context()); !errors.Is(err, ErrNotFound) {
+		t.Errorf("of the purged one is left: %v", err)
+	}
+}
+
+// A node's clock that is ahead of the store's lets go of nothing, and manifests that
+// never became the head's go in time.
+func TestRetentionGoesByTheStore(t *testing.T) {
+	m := objstore.NewMemory()
+	r := newRig(t, m, nil)
+	var last Info
+	for i := range 4 {
+		r.put("a", fmt.Sprint(i))
+		var err error
+		last, err = r.w.Save(t.Context(), noFreeze, Meta{Trigger: TriggerTurn})
+		must(t, err)
+	}
+	behind := func(d time.Duration) { m.Now = func() time.Time { return time.Now().Add(-d) } }
+	// A writer was cut off between its manifest and the head.
+	text, _, err := m.Get(t.Context(), r.s.key(last.ID))
+	must(t, err)
+	cut, _ := newManifestID(time.Now().Add(time.Hour), last.ID)
+	_, err = m.Put(t.Context(), r.s.key(cut), text, objstore.PutOptions{})
+	must(t, err)
+	policy := Policy{Newest: 1, Kept: time.Nanosecond, Hourly: time.Nanosecond, Daily: time.Nanosecond, Upgrade: time.Nanosecond}
+	for _, step := range []struct {
+		written time.Duration // the head, before now
+		left    int
+		cut     bool
+	}{
+		{2 * 365 * 24 * time.Hour, 4, true},
+		{0, 1, true},
+		{-25 * time.Hour, 1, false},
+	} {
+		behind(step.written)
+		h, err := r.s.Head(t.Context())
+		must(t, err)
+		_, err = r.s.write(t.Context(), h, h)
+		must(t, err)
+		_, err = r.s.Retain(t.Context(), owner1, policy)
+		must(t, err)
+		list, err := r.s.List(t.Context())
+		must(t, err)
+		if len(list) != step.left || list[0].ID != last.ID || (len(keys(t, m, r.s.key(cut))) == 1) != step.cut {
+			t.Errorf("%+v: %d are left; cut off %q", step, len(list), keys(t, m, r.s.key(cut)))
+		}
+	}
+	r.check()
 }

@@ -32,9 +32,20 @@ type Head struct {
 	Restored   string // Meta.Restored of that checkpoint
 	DeleteTime time.Time
 	Time       time.Time // when it was written
-	Released   bool      // its owner is done: any other may take it
+	Released   bool      // its owner is done: a higher generation of any session may take it
 
-	etag string
+	etag    string
+	written time.Time // by the store's clock; zero if that is not known
+}
+
+// Purged says that the head is all that is left of a session. It stays, so that a
+// late owner of that session is fenced, and the next session there has a higher
+// generation.
+func (h Head) Purged() bool { return h.Released && h.Manifest == "" && !h.DeleteTime.IsZero() }
+
+// copied says that the session was begun with a copy, and no node has it yet.
+func (h Head) copied() bool {
+	return h.Owner.Node == "" && h.Released && h.Manifest != "" && h.DeleteTime.IsZero()
 }
 
 type headJSON struct {
@@ -105,7 +116,8 @@ func decodeHead(text []byte) (Head, error) {
 	return h, nil
 }
 
-// Head of the session. Returns ErrNotFound if nothing ever was here.
+// Head of the session. Returns ErrNotFound if nothing ever was here, or somebody
+// removed it with other tools: a purge leaves a head.
 func (s *Session) Head(ctx context.Context) (Head, error) {
 	h, _, err := s.head(ctx)
 	return h, err
@@ -129,7 +141,7 @@ func (s *Session) head(ctx context.Context) (Head, []byte, error) {
 	if err != nil {
 		return Head{}, nil, fmt.Errorf("%s: %w", s.headKey(), err)
 	}
-	h.etag = o.ETag
+	h.etag, h.written = o.ETag, o.LastModified
 	return h, text, nil
 }
 
@@ -190,8 +202,9 @@ func (s *Session) update(ctx context.Context, change func(h *Head, exists bool) 
 // if a newer generation has it, or another owner of the same one.
 //
 // A session that is made anew on an old prefix has another uid. It gets a head that
-// was released whatever its generation; one that was not (its fleet is gone) only
-// with a higher generation: see Head.
+// was released, and with a higher generation only: see Head. Whatever is late of the
+// session before has a lower one. What was copied for a session that is not stored yet
+// is ErrExists for others: it is theirs, or taken back, within moments.
 //
 // before is the head that it took over: what the owner before saved until then is in
 // it, while a head that was read earlier may lack that. If the session was o's
@@ -216,24 +229,40 @@ func (s *Session) Acquire(ctx context.Context, o Owner) (before Head, existed bo
 
 func mayTake(h Head, o Owner) error {
 	switch {
-	case h.Owner == o, o.Generation > h.Owner.Generation:
+	case h.Owner == o:
 		return nil
-	case h.Released && (o.SessionUID != h.Owner.SessionUID || o.Generation == h.Owner.Generation):
+	case o.SessionUID != h.Owner.SessionUID && h.copied():
+		return fmt.Errorf("%w: a copy was made here for session %s of uid %s, which no node has yet", ErrExists, h.Owner.SessionID, h.Owner.SessionUID)
+	case o.SessionUID != h.Owner.SessionUID:
+		if h.Released && o.Generation > h.Owner.Generation {
+			return nil
+		}
+	case o.Generation > h.Owner.Generation, o.Generation == h.Owner.Generation && h.Released:
 		return nil
 	}
 	return fmt.Errorf("%w: %s has it since %s, and this is %s", ErrFenced, h.Owner, h.Time.UTC().Format(time.RFC3339), o)
 }
 
-// Verify returns ErrFenced unless o is still the owner.
+// Verify returns ErrFenced if another is the owner, and ErrNotFound if nobody is,
+// as the head is not there: then nobody has taken the session over.
 func (s *Session) Verify(ctx context.Context, o Owner) error {
 	h, err := s.Head(ctx)
 	if errors.Is(err, ErrNotFound) {
-		return fmt.Errorf("%w: the head of %q was removed", ErrFenced, s.prefix)
+		return s.missing()
 	}
 	if err != nil {
 		return err
 	}
 	return s.owns(h, o)
+}
+
+// missing is the error of what needs the head that o has acquired, and does not find
+// it. Nothing of Cloud Code removes the head of a session that is in use.
+func (s *Session) missing() error {
+	if s.err != nil {
+		return s.err
+	}
+	return fmt.Errorf("%w: the head of %q, %s, is not there: the bucket was emptied, or another bucket is at its place; the session must be acquired anew", ErrNotFound, s.prefix, s.headKey())
 }
 
 func (s *Session) owns(h Head, o Owner) error {
@@ -244,11 +273,11 @@ func (s *Session) owns(h Head, o Owner) error {
 }
 
 // Release says that o is done with the session, and whether the session itself was
-// deleted. The checkpoints stay. Returns ErrFenced.
+// deleted. The checkpoints stay. Returns ErrFenced, ErrNotFound.
 func (s *Session) Release(ctx context.Context, o Owner, deleted bool) error {
 	_, _, err := s.update(ctx, func(h *Head, exists bool) (bool, error) {
 		if !exists {
-			return false, fmt.Errorf("%w: the head of %q was removed", ErrFenced, s.prefix)
+			return false, s.missing()
 		}
 		if err := s.owns(*h, o); err != nil {
 			return false, err
@@ -258,6 +287,33 @@ func (s *Session) Release(ctx context.Context, o Owner, deleted bool) error {
 		}
 		h.Released = true
 		if deleted && h.DeleteTime.IsZero() {
+			h.DeleteTime = time.Now()
+		}
+		return true, nil
+	})
+	return err
+}
+
+// Retire makes o, which is of no node, the owner for the end of the session, and says
+// that it is deleted: whoever has it is fenced. Its checkpoints stay. Only a higher
+// generation than all before may do so, and of another session only if that was
+// released. Unless released is set, o has it until Purge or Release. Returns
+// ErrFenced.
+func (s *Session) Retire(ctx context.Context, o Owner, released bool) error {
+	_, _, err := s.update(ctx, func(h *Head, exists bool) (bool, error) {
+		if exists && h.Owner != o {
+			if err := mayTake(*h, o); err != nil {
+				return false, err
+			}
+			if o.Generation == h.Owner.Generation {
+				return false, s.owns(*h, o) // it may run elsewhere, and be let go of for now
+			}
+		}
+		if exists && h.Owner == o && h.Released == released && !h.DeleteTime.IsZero() {
+			return false, nil
+		}
+		h.Owner, h.Released = o, released
+		if h.DeleteTime.IsZero() {
 			h.DeleteTime = time.Now()
 		}
 		return true, nil
@@ -275,7 +331,7 @@ func (s *Session) move(ctx context.Context, h Head, o Owner, manifest, restored 
 			return now, err
 		}
 		if now.etag == "" {
-			return Head{}, fmt.Errorf("%w: the head of %q was removed", ErrFenced, s.prefix)
+			return Head{}, s.missing()
 		}
 		if err := s.owns(now, o); err != nil {
 			return now, err

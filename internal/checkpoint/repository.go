@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"iter"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 
@@ -105,10 +106,40 @@ type Stored struct {
 // Sessions yields all sessions of the root, by prefix. One that is damaged is
 // yielded with its Err; an error beside it ends the listing.
 func (r *Repository) Sessions(ctx context.Context) iter.Seq2[Stored, error] {
+	return r.sessions(ctx, "", nil)
+}
+
+// Around yields, as Sessions does, those whose folder is inside that of a prefix or
+// around it, without that one itself.
+func (r *Repository) Around(ctx context.Context, prefix string) iter.Seq2[Stored, error] {
 	return func(yield func(Stored, error) bool) {
+		within, around := "", []string(nil)
+		if prefix != "" {
+			within, around = strings.ReplaceAll(prefix, "/", "!")+"!", []string{""}
+			for i, c := range prefix {
+				if c == '/' {
+					around = append(around, prefix[:i])
+				}
+			}
+		}
+		for st, err := range r.sessions(ctx, within, around) {
+			if err == nil && st.Prefix == prefix {
+				continue
+			}
+			if !yield(st, err) {
+				return
+			}
+		}
+	}
+}
+
+// sessions yields those with these prefixes, and those whose escaped prefix begins with
+// within.
+func (r *Repository) sessions(ctx context.Context, within string, all []string) iter.Seq2[Stored, error] {
+	return func(yield func(Stored, error) bool) {
+		all := slices.Clone(all) // once more, perhaps
 		dir := r.base + "sessions/"
-		var all []string
-		for o, err := range r.store.List(ctx, dir, "/", "") {
+		for o, err := range r.store.List(ctx, dir+within, "/", "") {
 			if err != nil {
 				yield(Stored{}, fmt.Errorf("list sessions: %w", err))
 				return
@@ -129,8 +160,8 @@ func (r *Repository) Sessions(ctx context.Context) iter.Seq2[Stored, error] {
 			g.Wait()
 			all = all[n:]
 			for _, st := range found {
-				if errors.Is(st.Err, ErrNotFound) && st.Head.Manifest == "" {
-					continue // purged: manifests of it may be left
+				if errors.Is(st.Err, ErrNotFound) && st.Head.Manifest == "" || st.Head.Purged() {
+					continue // manifests of it may be left
 				}
 				if ctx.Err() != nil {
 					yield(Stored{}, ctx.Err())

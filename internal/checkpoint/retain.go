@@ -86,8 +86,11 @@ func (p Policy) expired(all []Info, now time.Time) []string {
 	return out
 }
 
-// Retain removes checkpoints that the policy lets go, never the head's. Only the
-// owner may. Returns ErrFenced.
+// Retain removes checkpoints that the policy lets go, never the head's, and old
+// manifests that never became the head's. Only the owner may. Returns ErrFenced.
+//
+// It is as late as the store said when the head was written: by the clock of a node
+// that is years ahead, nearly all would be old.
 func (s *Session) Retain(ctx context.Context, o Owner, policy Policy) (deleted []string, err error) {
 	head, err := s.Head(ctx)
 	if err != nil {
@@ -96,7 +99,7 @@ func (s *Session) Retain(ctx context.Context, o Owner, policy Policy) (deleted [
 	if err := s.owns(head, o); err != nil {
 		return nil, err
 	}
-	found, err := s.ids(ctx, head)
+	found, behind, err := s.idsAndBehind(ctx, head)
 	if err != nil {
 		return nil, err
 	}
@@ -105,7 +108,12 @@ func (s *Session) Retain(ctx context.Context, o Owner, policy Policy) (deleted [
 		return nil, err
 	}
 	var keys []string
-	for _, id := range policy.expired(all, time.Now()) {
+	for _, o := range behind {
+		if o.LastModified.Before(head.written.Add(-DefaultGrace)) {
+			keys = append(keys, s.key(o.Key))
+		}
+	}
+	for _, id := range policy.expired(all, head.written) {
 		if id != head.Manifest {
 			deleted = append(deleted, id)
 			keys = append(keys, s.key(id))

@@ -30,7 +30,8 @@ const (
 // are noted.
 //
 // If nothing changed since the last checkpoint it returns that one, with Unchanged
-// set. Returns ErrFenced if a newer owner has the session. After any other error the
+// set. Returns ErrFenced if a newer owner has the session, and ErrNotFound if its head
+// is not there any more: then it is acquired anew, and saved by a new writer. After any other error the
 // next Save goes on where this one stopped.
 func (w *Writer) Save(ctx context.Context, freeze func(context.Context) (thaw func() error, err error), meta Meta) (Info, error) {
 	w.mu.Lock()
@@ -177,7 +178,7 @@ func (w *Writer) commit(ctx context.Context, p *packer, m *Manifest, meta Meta) 
 		return Info{}, fmt.Errorf("write %s: %w", key, err)
 	}
 	h, err := w.s.move(ctx, w.head, w.o.Owner, m.ID, meta.Restored)
-	if errors.Is(err, ErrFenced) {
+	if errors.Is(err, ErrFenced) || errors.Is(err, ErrNotFound) {
 		// It will never be the head's.
 		return Info{}, errors.Join(err, w.s.r.store.Delete(context.WithoutCancel(ctx), key))
 	}

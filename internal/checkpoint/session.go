@@ -41,17 +41,26 @@ func (s *Session) Manifest(ctx context.Context, id string) (*Manifest, error) {
 // ids lists the session's checkpoints, oldest first. Manifests behind the head were
 // never made its own (their writer was stopped in between): they are not counted.
 func (s *Session) ids(ctx context.Context, head Head) ([]objstore.Object, error) {
-	var all []objstore.Object
+	all, _, err := s.idsAndBehind(ctx, head)
+	return all, err
+}
+
+// idsAndBehind also gives those that are behind the head.
+func (s *Session) idsAndBehind(ctx context.Context, head Head) (all, behind []objstore.Object, err error) {
 	for o, err := range s.r.store.List(ctx, s.manifests(), "", "") {
 		if err != nil {
-			return nil, fmt.Errorf("list checkpoints of %q: %w", s.prefix, err)
+			return nil, nil, fmt.Errorf("list checkpoints of %q: %w", s.prefix, err)
 		}
-		if id := strings.TrimPrefix(o.Key, s.manifests()); manifestID.MatchString(id) && id <= head.Manifest {
-			o.Key = id
+		o.Key = strings.TrimPrefix(o.Key, s.manifests())
+		switch {
+		case !manifestID.MatchString(o.Key):
+		case o.Key <= head.Manifest:
 			all = append(all, o)
+		default:
+			behind = append(behind, o)
 		}
 	}
-	return all, nil
+	return all, behind, nil
 }
 
 // List gives the session's checkpoints, newest first. One that cannot be read has
@@ -153,7 +162,8 @@ func (s *Session) Find(ctx context.Context, prefix string) (string, error) {
 
 // CopyFrom makes this session begin with a checkpoint of another of the same root.
 // No file is copied. o becomes the owner of a head that is released, so that the
-// first real owner can take it. Returns ErrExists if this session has a head.
+// first real owner can take it; the generation must not be lower than of what was
+// purged here. Returns ErrExists if there is a session.
 func (s *Session) CopyFrom(ctx context.Context, src *Session, id string, o Owner, meta Meta) (Info, error) {
 	if s.err != nil {
 		return Info{}, s.err
@@ -161,9 +171,10 @@ func (s *Session) CopyFrom(ctx context.Context, src *Session, id string, o Owner
 	if src.r.store != s.r.store || src.r.base != s.r.base {
 		return Info{}, fmt.Errorf("copy checkpoint %s of %q: the two sessions are in different places of object storage", id, src.prefix)
 	}
-	if _, err := s.Head(ctx); err == nil {
-		return Info{}, fmt.Errorf("%w: %q has checkpoints", ErrExists, s.prefix)
-	} else if !errors.Is(err, ErrNotFound) {
+	before, err := s.Head(ctx)
+	if err == nil && (!before.Purged() || before.Owner.Generation > o.Generation) {
+		return Info{}, fmt.Errorf("%w: %q has %s", ErrExists, s.prefix, before.Owner)
+	} else if err != nil && !errors.Is(err, ErrNotFound) {
 		return Info{}, err
 	}
 	m, err := src.Manifest(ctx, id)
@@ -184,7 +195,7 @@ func (s *Session) CopyFrom(ctx context.Context, src *Session, id string, o Owner
 	// copy saw the source.
 	_, err = s.r.store.Stat(ctx, src.key(id))
 	if err == nil {
-		_, err = s.write(ctx, Head{}, Head{Owner: o, Manifest: m.ID, Restored: meta.Restored, Released: true})
+		_, err = s.write(ctx, before, Head{Owner: o, Manifest: m.ID, Restored: meta.Restored, Released: true})
 	}
 	switch {
 	case err == nil:
@@ -199,23 +210,56 @@ func (s *Session) CopyFrom(ctx context.Context, src *Session, id string, o Owner
 	return Info{}, errors.Join(err, s.r.store.Delete(context.WithoutCancel(ctx), s.key(m.ID)))
 }
 
-// Purge removes the session's head and checkpoints. Their packs go by garbage
-// collection, as far as no other session needs them.
-func (s *Session) Purge(ctx context.Context) error {
+// Purge removes the checkpoints of a session that o owns: see Retire. Their packs go by
+// garbage collection, as far as no other session needs them. The head stays, as one
+// that is Purged. Returns ErrFenced, and then has removed nothing.
+func (s *Session) Purge(ctx context.Context, o Owner) error { return s.purge(ctx, o, nil) }
+
+// Discard takes back what CopyFrom has made for o. What another owner has by now stays.
+func (s *Session) Discard(ctx context.Context, o Owner) error {
+	h, err := s.Head(ctx)
+	if errors.Is(err, ErrNotFound) && s.err == nil || err == nil && (h.Owner != o || !h.copied()) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	err = s.purge(ctx, o, []string{s.key(h.Manifest)})
+	if errors.Is(err, ErrFenced) {
+		return nil
+	}
+	return err
+}
+
+// purge removes these manifests, or all that there are.
+func (s *Session) purge(ctx context.Context, o Owner, keys []string) error {
 	if s.err != nil {
 		return s.err
 	}
-	// Listed first: what another makes on this prefix once the head is gone stays.
-	var keys []string
-	for o, err := range s.r.store.List(ctx, s.manifests(), "", "") {
-		if err != nil {
-			return fmt.Errorf("list checkpoints of %q: %w", s.prefix, err)
+	// Listed first: what another makes here once the head can be taken stays.
+	if keys == nil {
+		for m, err := range s.r.store.List(ctx, s.manifests(), "", "") {
+			if err != nil {
+				return fmt.Errorf("list checkpoints of %q: %w", s.prefix, err)
+			}
+			keys = append(keys, m.Key)
 		}
-		keys = append(keys, o.Key)
 	}
-	// The head goes first: without it the session is gone, and no writer can go on.
-	if err := s.r.store.Delete(ctx, s.headKey()); err != nil {
-		return fmt.Errorf("remove head of %q: %w", s.prefix, err)
+	// The head goes first: it must name nothing that is removed.
+	if _, _, err := s.update(ctx, func(h *Head, exists bool) (bool, error) {
+		if !exists {
+			return false, s.missing()
+		}
+		if err := s.owns(*h, o); err != nil || h.Purged() {
+			return false, err
+		}
+		h.Manifest, h.Restored, h.Released = "", "", true
+		if h.DeleteTime.IsZero() {
+			h.DeleteTime = time.Now()
+		}
+		return true, nil
+	}); err != nil {
+		return fmt.Errorf("remove checkpoints of %q: %w", s.prefix, err)
 	}
 	if err := s.r.store.Delete(ctx, keys...); err != nil {
 		return fmt.Errorf("remove checkpoints of %q: %w", s.prefix, err)

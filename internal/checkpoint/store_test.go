@@ -182,7 +182,7 @@ func TestFork(t *testing.T) {
 	if _, err := dst.CopyFrom(t.Context(), r.s, id, maker, Meta{}); !errors.Is(err, ErrExists) {
 		t.Error(err)
 	}
-	must(t, r.s.Purge(t.Context()))
+	must(t, r.s.Purge(t.Context(), owner1))
 	if st, err := r.repo.CollectGarbage(t.Context(), GCOptions{Grace: time.Nanosecond}); err != nil || st.Deleted == 0 {
 		t.Errorf("%+v %v", st, err)
 	}
@@ -218,6 +218,53 @@ func TestFork(t *testing.T) {
 	if bad != 1 {
 		t.Error("a damaged head is not said")
 	}
+}
+
+// A copy is for its own session alone. Taken back it leaves what others have.
+func TestForkTakenBack(t *testing.T) {
+	r := newRig(t, objstore.NewMemory(), nil)
+	r.put("a", "1")
+	id := r.save().ID
+	dst := r.repo.Session("x")
+	maker, other := Owner{SessionID: "x", SessionUID: "fork"}, Owner{SessionID: "x", SessionUID: "other", Node: "n", Instance: "i", Generation: 1}
+	copied := func(o Owner) Info {
+		t.Helper()
+		info, err := dst.CopyFrom(t.Context(), r.s, id, o, Meta{Trigger: "fork"})
+		must(t, err)
+		return info
+	}
+	copied(maker)
+	if _, _, err := dst.Acquire(t.Context(), other); !errors.Is(err, ErrExists) {
+		t.Errorf("another session took a copy that was not made for it: %v", err)
+	}
+	must(t, dst.Discard(t.Context(), other))
+	if h, err := dst.Head(t.Context()); err != nil || h.Owner != maker || h.Manifest == "" {
+		t.Errorf("taken back by another: %+v, %v", h, err)
+	}
+	must(t, dst.Discard(t.Context(), maker))
+	must(t, dst.Discard(t.Context(), maker))
+	if left := keys(t, r.store, dst.manifests()); len(left) > 0 {
+		t.Errorf("left: %q", left)
+	}
+
+	// Again where one was purged: its generation counts on.
+	must(t, dst.Retire(t.Context(), Owner{SessionID: "x", SessionUID: "fork", Generation: 3}, false))
+	must(t, dst.Purge(t.Context(), Owner{SessionID: "x", SessionUID: "fork", Generation: 3}))
+	if _, err := dst.CopyFrom(t.Context(), r.s, id, maker, Meta{}); !errors.Is(err, ErrExists) {
+		t.Errorf("a copy of a generation that a late node may have: %v", err)
+	}
+	maker.Generation = 3
+	maker.SessionUID = "fork2"
+	info := copied(maker)
+	placed := Owner{SessionID: "x", SessionUID: "fork2", Node: "n", Instance: "i", Generation: 4}
+	if _, _, err := dst.Acquire(t.Context(), placed); err != nil {
+		t.Fatal(err)
+	}
+	must(t, dst.Discard(t.Context(), maker))
+	if h, err := dst.Head(t.Context()); err != nil || h.Owner != placed || h.Manifest != info.ID {
+		t.Errorf("what a node has by now was taken back: %+v, %v", h, err)
+	}
+	must(t, dst.Check(t.Context(), ""))
 }
 
 func TestFind(t *testing.T) {

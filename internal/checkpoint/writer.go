@@ -3,7 +3,6 @@ package checkpoint
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"os"
 	"sync"
@@ -61,7 +60,7 @@ type Writer struct {
 }
 
 // NewWriter prepares to save. opts.Owner must have acquired the session. Returns
-// ErrFenced if it has not, or no more.
+// ErrFenced if another has, ErrNotFound if there is no head.
 func (s *Session) NewWriter(ctx context.Context, opts WriterOptions) (*Writer, error) {
 	if opts.Log == nil {
 		opts.Log = slog.New(slog.DiscardHandler)
@@ -80,7 +79,7 @@ func (s *Session) NewWriter(ctx context.Context, opts WriterOptions) (*Writer, e
 	}
 	h, err := s.Head(ctx)
 	if errors.Is(err, ErrNotFound) && s.err == nil {
-		return nil, fmt.Errorf("%w: %q has no head: acquire it first", ErrFenced, s.prefix)
+		return nil, s.missing()
 	}
 	if err != nil {
 		return nil, err

@@ -206,7 +206,7 @@ func (s *Sessions) ForkSession(ctx context.Context, req *cloudcodev1.ForkSession
 	}
 	got, err := s.insert(ctx, made, key, digest)
 	if err != nil || got.UID != made.UID {
-		if err := to.Discard(context.WithoutCancel(ctx)); err != nil {
+		if err := to.Discard(context.WithoutCancel(ctx), made); err != nil {
 			s.config.Log.ErrorContext(ctx, "a fork that was not made is left in object storage", "session", id, "storage", spec.Storage.URI(), "error", err)
 		}
 	}

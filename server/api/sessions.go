@@ -303,6 +303,9 @@ func (s *Sessions) DeleteSession(ctx context.Context, req *cloudcodev1.DeleteSes
 			}
 			return nil // a retry, whatever its etag
 		}
+		if sess.StorageSettled && req.GetPurgeStorage() {
+			return grpcerr.New(codes.FailedPrecondition, reasonDeleting, "session %q is deleted, and its object storage was kept: recover it from there to purge that", id)
+		}
 		if !sess.Deleting {
 			if err := checkEtag(sess, req.GetEtag()); err != nil {
 				return err

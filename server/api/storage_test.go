@@ -740,6 +740,13 @@ func TestDeleteAndPurge(t *testing.T) {
 	if s := del(false); !s.Deleting || s.Purge || s.Reason != "" {
 		t.Errorf("taken back: %+v", s)
 	}
+	// Too late: its record goes within moments, and nobody would purge anything.
+	f.edit(t, "a", func(s *fleet.Session) { s.StorageSettled = true })
+	_, err := f.DeleteSession(t.Context(), &cloudcodev1.DeleteSessionRequest{Name: "sessions/a", PurgeStorage: true})
+	wantErr(t, "purge of what is settled", err, codes.FailedPrecondition, "SESSION_DELETING")
+	if s := del(false); s.Purge || !s.StorageSettled {
+		t.Errorf("a retry changed %+v", s)
+	}
 }
 
 func TestDeleteWhatIsLost(t *testing.T) {

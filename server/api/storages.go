@@ -27,9 +27,13 @@ func (s *Storages) ListStorageProfiles(context.Context, *cloudcodev1.ListStorage
 	resp := &cloudcodev1.ListStorageProfilesResponse{}
 	for _, name := range profiles.Names() {
 		c, _ := profiles.Get(name)
+		message := ""
+		if err := s.sessions.config.Storage.Uncollected(c); err != nil {
+			message = "Data that no checkpoint needs is not deleted: " + status.Convert(err).Message()
+		}
 		resp.StorageProfiles = append(resp.StorageProfiles, &cloudcodev1.StorageProfile{
 			Name: profilesCollection + "/" + name, Endpoint: c.Endpoint, Bucket: c.Bucket, Region: c.Region, PathStyle: c.PathStyle,
-			Prefix: c.Root, Encrypted: len(c.EncryptionKey) > 0, AutoMode: protoconv.StorageMode(storage.AutoMode(c)),
+			Prefix: c.Root, Encrypted: len(c.EncryptionKey) > 0, AutoMode: protoconv.StorageMode(storage.AutoMode(c)), Message: message,
 		})
 	}
 	return resp, nil
@@ -193,7 +197,7 @@ func (s *Storages) recover(ctx context.Context, st storage.Stored) (*fleet.Sessi
 	made.Storage = &fleet.StorageStatus{Checkpoint: st.Checkpoint}
 	// What was let go of and not deleted was suspended; but a fork that was never
 	// placed is let go of, too.
-	if st.Released && st.DeleteTime.IsZero() && st.Generation > 0 {
+	if st.Released && st.DeleteTime.IsZero() && st.Node != "" {
 		if err := made.Suspend(time.Now().UTC()); err != nil {
 			return nil, fmt.Errorf("recover session %s: %w", st.SessionID, err)
 		}

@@ -124,12 +124,12 @@ func TestAssignedStorage(t *testing.T) {
 		f.wantSeen(other)
 		a.ReadyTime = time.Now()
 		a.Assignment = &fleet.Assignment{
-			Node: "n2", Generation: 2, Spec: fleet.Spec{Storage: fleet.Storage{Mode: fleet.ModeMount}}, RestoreCheckpoint: "c1",
+			Node: "n2", Generation: 2, Spec: fleet.Spec{Storage: fleet.Storage{Mode: fleet.ModeMount}}, RestoreCheckpoint: "c1", RestoreGeneration: 2,
 		}
 		f.put(a)
 		f.wantSeen(other, "+a u-a 2 RUN")
 		f.wantSeen(w)
-		if got := other.assigned["a"]; got.GetRestoreCheckpoint() != "c1" || !got.GetHasWorkspace() {
+		if got := other.assigned["a"]; got.GetRestoreCheckpoint() != "c1" || got.GetRestoreGeneration() != 2 || !got.GetHasWorkspace() {
 			f.Errorf("assignment %v", got)
 		}
 		for _, w := range []*watched{w, other} {

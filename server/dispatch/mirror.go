@@ -69,7 +69,8 @@ func (p placed) proto(storage Storage) *nodev1.Assignment {
 		// Where it was ready once, its workspace is: on this node, or else in its
 		// object storage.
 		HasWorkspace: !p.session.ReadyTime.IsZero(),
-		Labels:       maps.Clone(p.session.Labels), RestoreCheckpoint: a.RestoreCheckpoint, PurgeStorage: p.session.Purge,
+		Labels:       maps.Clone(p.session.Labels), PurgeStorage: p.session.Purge,
+		RestoreCheckpoint: a.RestoreCheckpoint, RestoreGeneration: int64(a.RestoreGeneration),
 	}
 	if a.Spec.Storage.Remote() {
 		out.Storage = storage.Assigned(a.Spec.Storage)

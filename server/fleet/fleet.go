@@ -85,6 +85,10 @@ type Session struct {
 	// RestoreCheckpoint is to be taken back to; every assignment carries it until
 	// the session has run with it.
 	RestoreCheckpoint string `json:"restore_checkpoint,omitempty"`
+	// RestoreGeneration tells one request to restore from the next: it is the first
+	// generation that can carry it. A node that has done it says so in the bucket, and
+	// no later generation does it again, also if we never hear that it ran.
+	RestoreGeneration uint64 `json:"restore_generation,omitempty"`
 
 	State    State     `json:"state"`
 	Reason   string    `json:"reason,omitempty"`
@@ -153,9 +157,10 @@ type Assignment struct {
 	Delete bool `json:"delete,omitempty"`
 	// Suspend asks the node to save the session and to stop it. Delete comes before it.
 	Suspend bool `json:"suspend,omitempty"`
-	// RestoreCheckpoint is what the node takes the session back to, once, before it
-	// starts it in this generation; empty: nothing.
+	// RestoreCheckpoint is what the node takes the session back to before it starts
+	// it, once for each RestoreGeneration; empty: nothing.
 	RestoreCheckpoint string `json:"restore_checkpoint,omitempty"`
+	RestoreGeneration uint64 `json:"restore_generation,omitempty"`
 	Spec              Spec   `json:"spec"`
 	// Password of the session's OpenCode: made by the server, known to node and
 	// gateways, never shown by the API.

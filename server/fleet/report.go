@@ -44,8 +44,8 @@ func (s *Session) ApplyReport(r Report, node string, now time.Time) (Outcome, er
 	var err error
 	switch {
 	case r.State == ReportedGone:
-		// The node has marked it as deleted in its object storage.
-		s.StorageSettled = !s.Purge
+		// Most nodes have marked it as deleted in its object storage, but not one that
+		// never had it there, or had let go of it before: that is looked at.
 		s.Assignment = nil
 		err = s.SetState(StateDeleting, "", "")
 	case a.Delete:
@@ -142,9 +142,10 @@ func (s *Session) applyRunning(r Report, now time.Time) error {
 	if state == StateStarting {
 		s.takeProgress(r)
 	}
-	if state == StateRunning && s.RestoreCheckpoint == s.Assignment.RestoreCheckpoint {
+	if a := s.Assignment; state == StateRunning && a.carries(s) {
 		// Done. The same may be asked for again.
-		s.RestoreCheckpoint, s.Assignment.RestoreCheckpoint = "", ""
+		s.RestoreCheckpoint, s.RestoreGeneration = "", 0
+		a.RestoreCheckpoint, a.RestoreGeneration = "", 0
 	}
 	s.RestartCount = r.RestartCount
 	if r.OpenCodeVersion != "" {

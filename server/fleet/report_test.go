@@ -152,7 +152,11 @@ func TestApplyReport(t *testing.T) {
 		},
 		{
 			name: "gone", session: session(StateDeleting, asked), report: report(ReportedGone),
-			want: session(StateDeleting, deleting, func(s *Session) { s.Assignment, s.StorageSettled = nil, true }), outcome: Progressed,
+			want: session(StateDeleting, deleting, func(s *Session) { s.Assignment = nil }), outcome: Progressed,
+		},
+		{
+			name: "gone, and its object storage is asked", session: session(StateDeleting, asked, remote), report: report(ReportedGone),
+			want: session(StateDeleting, deleting, remote, func(s *Session) { s.Assignment = nil }), outcome: Progressed,
 		},
 		{
 			name: "gone, and to be purged", session: session(StateDeleting, asked, func(s *Session) { s.Purge = true }), report: report(ReportedGone),

@@ -114,7 +114,7 @@ func (s *Session) Restore(checkpoint string, now time.Time) error {
 		}
 		s.Progress = nil
 	}
-	s.RestoreCheckpoint, s.UpdateTime = checkpoint, now
+	s.RestoreCheckpoint, s.RestoreGeneration, s.UpdateTime = checkpoint, s.Generation+1, now
 	return nil
 }
 
@@ -134,7 +134,18 @@ func (s *Session) GiveUp(now time.Time) bool {
 // this one is old.
 func (s *Session) renewed() bool {
 	a := s.Assignment
-	return a.Suspend && !s.Suspended || s.RestoreCheckpoint != "" && s.RestoreCheckpoint != a.RestoreCheckpoint
+	return a.Suspend && !s.Suspended || s.AwaitsRestore()
+}
+
+// AwaitsRestore says of a session that is on a node that this has not been told yet
+// what to take it back to.
+func (s *Session) AwaitsRestore() bool {
+	return s.RestoreCheckpoint != "" && !s.Assignment.carries(s)
+}
+
+// carries says whether the assignment is of the restore that was asked for last.
+func (a *Assignment) carries(s *Session) bool {
+	return a.RestoreCheckpoint == s.RestoreCheckpoint && a.RestoreGeneration == s.RestoreGeneration
 }
 
 // leaveNode ends the assignment. What the node said of its mounts, and of what it

@@ -124,7 +124,7 @@ func settle(s *fleet.Session, nodes map[string]*fleet.Node) (Action, bool) {
 	// A new spec reaches the node with the next generation, and so does what ends a
 	// suspension: whatever the node still says of that is then old. If the node is
 	// away it waits there.
-	restore := s.RestoreCheckpoint != "" && s.RestoreCheckpoint != a.RestoreCheckpoint
+	restore := s.AwaitsRestore()
 	if !s.Spec.SameRun(a.Spec) || a.Suspend || restore {
 		switch {
 		case !ready:

@@ -391,7 +391,7 @@ func (m *fleetMachine) Check(t *rapid.T) {
 				t.Fatalf("%s is %s; suspension is asked for: %v", s.ID, s.State, s.Suspended)
 			case !s.Deleting && s.State == fleet.StateSuspended && s.Spec.Storage.Remote():
 				t.Fatalf("%s is suspended in object storage, and still on %s", s.ID, a.Node)
-			case !s.Deleting && !s.Suspended && (!a.Spec.SameRun(s.Spec) || a.RestoreCheckpoint != s.RestoreCheckpoint):
+			case !s.Deleting && !s.Suspended && (!a.Spec.SameRun(s.Spec) || a.RestoreCheckpoint != s.RestoreCheckpoint || a.RestoreGeneration != s.RestoreGeneration):
 				t.Fatalf("%s does not run what was asked for", s.ID)
 			case !s.Deleting && (old == nil || old.Assignment == nil) && (!isReady || !matches(n, s.Spec.NodeSelector) || !fits(n, s.Spec.Resources)):
 				t.Fatalf("%s was placed on %+v", s.ID, n)
@@ -423,7 +423,7 @@ func withoutWishes(a *fleet.Assignment) *fleet.Assignment {
 		return nil
 	}
 	c := *a
-	c.Delete, c.Suspend, c.RestoreCheckpoint = false, false, ""
+	c.Delete, c.Suspend, c.RestoreCheckpoint, c.RestoreGeneration = false, false, "", 0
 	return &c
 }
 

@@ -179,14 +179,16 @@ func apply(tx store.Tx, s *fleet.Session, a Action, password string) error {
 		}
 		s.Generation++
 		s.Assignment = &fleet.Assignment{
-			Node: a.Node, Generation: s.Generation, Spec: s.Spec.Clone(), Password: password, RestoreCheckpoint: s.RestoreCheckpoint,
+			Node: a.Node, Generation: s.Generation, Spec: s.Spec.Clone(), Password: password,
+			RestoreCheckpoint: s.RestoreCheckpoint, RestoreGeneration: s.RestoreGeneration,
 		}
 		s.Progress = &fleet.Progress{Phase: "placed", Detail: "on node " + a.Node}
 		s.RestartCount = 0
 	case Reassign:
 		s.Generation++
 		s.Assignment.Generation, s.Assignment.Spec = s.Generation, s.Spec.Clone()
-		s.Assignment.Suspend, s.Assignment.RestoreCheckpoint = false, s.RestoreCheckpoint
+		s.Assignment.Suspend = false
+		s.Assignment.RestoreCheckpoint, s.Assignment.RestoreGeneration = s.RestoreCheckpoint, s.RestoreGeneration
 		if s.State == fleet.StateStarting {
 			s.Progress = &fleet.Progress{Phase: "placed", Detail: "on node " + s.Assignment.Node}
 		}

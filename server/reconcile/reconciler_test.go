@@ -264,3 +264,48 @@ func TestApplyDoesNotLoseSessionsOfANodeThatIsBack(t *testing.T) {
 		}
 	}
 }
+
+// A restore is one request in every generation that carries it: its node may have
+// done it although we never heard so. Asked for again it is another one.
+func TestRestoreStaysOneRequest(t *testing.T) {
+	running(t, nil, func(t *testing.T, s store.Store) {
+		put(t, s, ready("n1"), with(pending("a"), func(s *fleet.Session) { s.Spec.Storage.Mode = fleet.ModeSnapshot }))
+		synctest.Wait()
+		change := func(fn func(*fleet.Session) error) *fleet.Session {
+			t.Helper()
+			sess := get(t, s, "a")
+			if err := fn(sess); err != nil {
+				t.Fatal(err)
+			}
+			put(t, s, sess)
+			synctest.Wait()
+			return get(t, s, "a")
+		}
+		runs := func(s *fleet.Session) error {
+			_, err := s.ApplyReport(fleet.Report{SessionUID: s.UID, Generation: s.Generation, State: fleet.ReportedRunning}, s.Assignment.Node, time.Now())
+			return err
+		}
+		restore := func(s *fleet.Session) error { return s.Restore("c1", time.Now()) }
+		change(runs)
+		if got := change(restore); got.Generation != 2 || got.Assignment.RestoreCheckpoint != "c1" || got.Assignment.RestoreGeneration != 2 {
+			t.Fatalf("asked: %+v", got.Assignment)
+		}
+		put(t, s, away("n1"), ready("n2"))
+		synctest.Wait()
+		got := change(func(s *fleet.Session) error { return s.Resume(time.Now()) })
+		if got.Generation != 3 || got.Assignment.Node != "n2" || got.Assignment.RestoreCheckpoint != "c1" || got.Assignment.RestoreGeneration != 2 {
+			t.Fatalf("on another node: %+v", got.Assignment)
+		}
+		if got := change(runs); got.RestoreCheckpoint != "" || got.RestoreGeneration != 0 || got.Assignment.RestoreGeneration != 0 {
+			t.Fatalf("it runs: %+v, %+v", got, got.Assignment)
+		}
+		if got := change(restore); got.Generation != 4 || got.Assignment.RestoreCheckpoint != "c1" || got.Assignment.RestoreGeneration != 4 {
+			t.Fatalf("asked again: %+v", got.Assignment)
+		}
+		// While it is suspended, before its node has heard of it: another one.
+		change(func(s *fleet.Session) error { return s.Suspend(time.Now()) })
+		if got := change(restore); got.Generation != 5 || got.Assignment.Suspend || got.Assignment.RestoreGeneration != 5 {
+			t.Fatalf("asked once more: %+v", got.Assignment)
+		}
+	})
+}

@@ -32,6 +32,8 @@ type root struct {
 	// purged: when that was done last. What it has left behind is old enough only
 	// a grace later, when no session may know the root any more.
 	purged time.Time
+	// failed says why the last run deleted nothing.
+	failed error
 }
 
 func newCollector(s *Storage) *collector { return &collector{s: s, roots: map[bucketKey]*root{}} }
@@ -135,6 +137,11 @@ func (g *collector) collect(ctx context.Context, c conf.Config) {
 	defer cancel()
 	start := time.Now()
 	stats, err := b.repo.CollectGarbage(bounded, checkpoint.GCOptions{Grace: checkpoint.DefaultGrace})
+	if ctx.Err() == nil {
+		g.mu.Lock()
+		g.root(c).failed = err
+		g.mu.Unlock()
+	}
 	if err != nil {
 		if ctx.Err() == nil {
 			g.s.log.WarnContext(ctx, "cannot collect garbage; it is tried again later", "storage", c.String(), "error", err)
@@ -142,4 +149,15 @@ func (g *collector) collect(ctx context.Context, c conf.Config) {
 		return
 	}
 	g.s.log.InfoContext(ctx, "garbage collected", "storage", c.String(), "took", time.Since(start), "stats", stats)
+}
+
+// Uncollected says why garbage could not be collected in a root the last time; nil: it
+// could, or that was not tried yet.
+func (s *Storage) Uncollected(c conf.Config) error {
+	s.gc.mu.Lock()
+	defer s.gc.mu.Unlock()
+	if r := s.gc.roots[keyOf(c)]; r != nil && r.failed != nil {
+		return words(c, r.failed)
+	}
+	return nil
 }

@@ -235,7 +235,23 @@ func (f *fixture) save(s *fleet.Session, files map[string]string) string {
 	if err := w.Close(); err != nil {
 		f.Fatal(err)
 	}
+	if err := st.inner.Release(f.Context(), o, false); err != nil {
+		f.Fatal(err)
+	}
 	return info.ID
+}
+
+// take makes a node the owner of a session's head, as it does before it runs it.
+func (f *fixture) take(s *fleet.Session, node string) {
+	f.Helper()
+	st, err := f.Session(s.Spec.Storage)
+	if err != nil {
+		f.Fatal(err)
+	}
+	o := checkpoint.Owner{SessionID: s.ID, SessionUID: s.UID, Node: node, Instance: node, Generation: s.Generation}
+	if _, _, err := st.inner.Acquire(f.Context(), o); err != nil {
+		f.Fatal(err)
+	}
 }
 
 // objects are the keys of a bucket that begin with a prefix.

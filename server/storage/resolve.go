@@ -3,7 +3,9 @@ package storage
 import (
 	"context"
 	"errors"
+	"fmt"
 	"strings"
+	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -121,6 +123,14 @@ func (s *Storage) resolveIn(ctx context.Context, c conf.Config, st fleet.Storage
 	ctx, cancel := bound(ctx, checkBound)
 	defer cancel()
 	out, err := inspect(ctx, b, st)
+	if grpcerr.Reason(err) == ReasonPrefixInUse {
+		// If that is a session of our own, that is what is to be said.
+		probe := st
+		probe.Mode = fleet.ModeSnapshot // it may not be known yet
+		if ours := s.config.Store.View(ctx, func(tx store.ReadTx) error { return InUse(tx, probe) }); ours != nil {
+			err = ours
+		}
+	}
 	if err != nil {
 		return Resolved{}, explain(ctx, c, err)
 	}
@@ -148,6 +158,9 @@ func inspect(ctx context.Context, b *bucket, st fleet.Storage) (Resolved, error)
 	case err != nil:
 		return out, err
 	default:
+		if err := free(b.config, st, head); err != nil {
+			return out, err
+		}
 		out.Generation = head.Owner.Generation
 	}
 	auto := st.Mode == "" || st.Mode == fleet.ModeAuto
@@ -178,6 +191,25 @@ func inspect(ctx context.Context, b *bucket, st fleet.Storage) (Resolved, error)
 		}
 	}
 	return out, nil
+}
+
+// free returns FAILED_PRECONDITION unless what had the folder has let go of it. Another
+// server may run it, and would lose it to a new session.
+func free(c conf.Config, st fleet.Storage, head checkpoint.Head) error {
+	o := head.Owner
+	uri := c.URI(st.Prefix)
+	var how string
+	switch {
+	case !head.Released && !head.DeleteTime.IsZero():
+		how = fmt.Sprintf("session %q, which had it, is being deleted with all that is in it: try again when that is done", o.SessionID)
+	case !head.Released:
+		how = fmt.Sprintf("it belongs to session %q, which has not let go of it since %s. If another server runs that, choose another spec.storage.prefix; if it is all that is left of a lost server, bring it back with `cloudcode session recover %s`", o.SessionID, head.Time.UTC().Format(time.RFC3339), o.SessionID)
+	case o.Node == "" && head.DeleteTime.IsZero():
+		how = fmt.Sprintf("it was filled for session %q, a fork, which is being made or was never finished: choose another spec.storage.prefix, or bring it back with `cloudcode session recover %s`", o.SessionID, o.SessionID)
+	default:
+		return nil
+	}
+	return grpcerr.New(codes.FailedPrecondition, ReasonPrefixInUse, "%s cannot be used: %s", uri, how)
 }
 
 // modeOf a checkpoint.

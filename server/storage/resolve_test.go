@@ -285,3 +285,68 @@ func TestManyBuckets(t *testing.T) {
 		t.Errorf("%d are open", n)
 	}
 }
+
+// A folder whose session runs in another fleet, or is half there, is not given to a
+// new one; what was let go of is.
+func TestResolveTaken(t *testing.T) {
+	f := newFixture(t, t.TempDir(), oneProfile)
+	f.save(session("source", "main", "root"), map[string]string{"x": "1"})
+	live, suspended, forked, purged, ours := session("live", "main", "root"), session("suspended", "main", "root"), session("forked", "main", "root"), session("purged", "main", "root"), session("ours", "main", "root")
+	live.Generation, suspended.Generation, purged.Generation = 7, 3, 4
+	f.take(live, "n9")
+	f.take(ours, "n1")
+	f.put(ours)
+	f.save(suspended, map[string]string{"x": "1"})
+	from, err := f.Session(session("source", "main", "root").Spec.Storage)
+	if err != nil {
+		t.Fatal(err)
+	}
+	id, err := from.inner.Find(t.Context(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	to := from.Sibling("forked")
+	if err := to.Copy(t.Context(), from, id, forked); err != nil {
+		t.Fatal(err)
+	}
+	f.take(purged, "n1")
+	if err := f.purge(t.Context(), deleted(purged, true)); err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct {
+		generation uint64
+		says       string // empty: it is given
+	}{
+		"live": {says: "session recover live"}, "ours": {says: `session "ours" has that folder`}, "forked": {says: "session recover forked"},
+		"suspended": {generation: 3}, "purged": {generation: 5}, "new": {},
+	} {
+		got, err := f.Resolve(t.Context(), name, protoconv.StorageRequest{})
+		if c.says != "" {
+			wantErr(t, name, err, codes.FailedPrecondition, ReasonPrefixInUse, c.says)
+		} else if err != nil || got.Generation != c.generation {
+			t.Errorf("%s: %+v, %v", name, got, err)
+		}
+	}
+
+	// A fork of that id counts on where the purged one has ended, and is taken back alone.
+	again := session("purged", "main", "root")
+	again.UID, again.Generation = "u-fork", 0
+	to = from.Sibling("purged")
+	if err := to.Copy(t.Context(), from, id, again); err != nil || again.Generation != 5 {
+		t.Fatalf("generation %d, %v", again.Generation, err)
+	}
+	other := again.Clone()
+	other.UID = "u-other"
+	if err := to.Discard(t.Context(), other); err != nil {
+		t.Fatal(err)
+	}
+	if h, err := f.head(again); err != nil || h.Owner != owner(again) || h.Manifest == "" {
+		t.Errorf("taken back for another: %+v, %v", h, err)
+	}
+	if err := to.Discard(t.Context(), again); err != nil {
+		t.Fatal(err)
+	}
+	if h, err := f.head(again); err != nil || !h.Purged() {
+		t.Errorf("taken back: %+v, %v", h, err)
+	}
+}

@@ -73,8 +73,9 @@ func (s *Session) WriteTar(ctx context.Context, id, path string, w io.Writer) er
 }
 
 // Copy makes a checkpoint of another session of the same root the first one of
-// this session, which is not stored yet. Returns FAILED_PRECONDITION if something is
-// there already.
+// this session, which is not stored yet. Its generation is set to that of the session
+// that was purged there, if one was. Returns FAILED_PRECONDITION if something is there
+// already.
 func (s *Session) Copy(ctx context.Context, from *Session, id string, to *fleet.Session) error {
 	ctx, cancel := bound(ctx, askBound)
 	defer cancel()
@@ -82,6 +83,11 @@ func (s *Session) Copy(ctx context.Context, from *Session, id string, to *fleet.
 	if err != nil {
 		return err
 	}
+	head, err := s.inner.Head(ctx)
+	if err != nil && !errors.Is(err, checkpoint.ErrNotFound) {
+		return explain(ctx, s.config, err)
+	}
+	to.Generation = head.Owner.Generation
 	_, err = s.inner.CopyFrom(ctx, from.inner, id, owner(to), checkpoint.Meta{
 		Trigger: "fork", OpenCodeVersion: to.OpenCodeVersion, SessionJSON: record, Mode: string(to.Spec.Storage.Mode),
 	})
@@ -90,14 +96,15 @@ func (s *Session) Copy(ctx context.Context, from *Session, id string, to *fleet.
 
 // owner of a session that no node has yet.
 func owner(s *fleet.Session) checkpoint.Owner {
-	return checkpoint.Owner{SessionID: s.ID, SessionUID: s.UID}
+	return checkpoint.Owner{SessionID: s.ID, SessionUID: s.UID, Generation: s.Generation}
 }
 
-// Discard takes back what Copy has made.
-func (s *Session) Discard(ctx context.Context) error {
+// Discard takes back what Copy has made for a session that is not stored. What another
+// session has made there meanwhile stays.
+func (s *Session) Discard(ctx context.Context, to *fleet.Session) error {
 	ctx, cancel := bound(ctx, askBound)
 	defer cancel()
-	return explain(ctx, s.config, s.inner.Purge(ctx))
+	return explain(ctx, s.config, s.inner.Discard(ctx, owner(to)))
 }
 
 // Record is a session as its checkpoints keep it, so that it can be made again from

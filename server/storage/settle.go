@@ -238,8 +238,16 @@ func notYet(purge bool, err error) string {
 	return fmt.Sprintf("It could not be marked as deleted in its object storage yet; that is tried again for some seconds. %s", text)
 }
 
+// last is who has a deleted session's head at its end: a generation behind all that
+// nodes have been given, so that each of them is fenced, also one that cannot be
+// reached or has not taken the session yet.
+func last(sess *fleet.Session) checkpoint.Owner {
+	return checkpoint.Owner{SessionID: sess.ID, SessionUID: sess.UID, Generation: sess.Generation + 1}
+}
+
 // markDeleted says in the session's head that it was deleted, if the head is its
-// own.
+// own. Most often its node has done so. A session of another server may have its uid:
+// that is kept when it is recovered.
 func (s *Storage) markDeleted(ctx context.Context, sess *fleet.Session) error {
 	st, err := s.Session(sess.Spec.Storage)
 	if err != nil {
@@ -253,43 +261,92 @@ func (s *Storage) markDeleted(ctx context.Context, sess *fleet.Session) error {
 		return nil
 	case err != nil:
 		return explain(ctx, st.config, err)
-	case head.Owner.SessionUID != sess.UID:
+	case head.Owner.SessionUID != sess.UID, head.Owner.Generation > sess.Generation && head.Owner != last(sess):
+		return nil
+	case head.Released && !head.DeleteTime.IsZero():
 		return nil
 	}
-	return explain(ctx, st.config, st.inner.Release(ctx, head.Owner, true))
+	err = st.inner.Retire(ctx, last(sess), true)
+	if errors.Is(err, checkpoint.ErrFenced) {
+		return nil // another's, since we looked
+	}
+	return explain(ctx, st.config, err)
 }
 
-// purge deletes the session's folder, and then its checkpoints: until the head is
-// gone, all of it can be found again and the purge goes on.
+// purge takes the session's head, so that no node writes any more, and deletes its
+// folder and then its checkpoints: until they are gone all of it can be found again,
+// and the purge goes on.
 func (s *Storage) purge(ctx context.Context, sess *fleet.Session) error {
 	st, err := s.Session(sess.Spec.Storage)
 	if err != nil {
 		return err
 	}
-	head, err := st.inner.Head(ctx)
-	switch {
-	case errors.Is(err, checkpoint.ErrNotFound):
-	case err != nil:
+	if err := alone(ctx, st); err != nil {
 		return words(st.config, err)
-	case head.Owner.SessionUID != sess.UID && head.Owner.Generation > sess.Generation:
-		return grpcerr.New(codes.FailedPrecondition, ReasonTaken, "%s has gone over to generation %d of session %q, which another server runs: it is not deleted", st.config.URI(st.prefix), head.Owner.Generation, head.Owner.SessionID)
+	}
+	if err := st.inner.Retire(ctx, last(sess), false); errors.Is(err, checkpoint.ErrFenced) || errors.Is(err, checkpoint.ErrExists) {
+		return grpcerr.New(codes.FailedPrecondition, ReasonTaken, "%s is another session's by now, or another server runs this one: it is not deleted. %s", st.config.URI(st.prefix), err)
+	} else if err != nil {
+		return words(st.config, err)
 	}
 	if err := deleteFolder(ctx, st.bucket.store, st.prefix); err != nil {
 		return words(st.config, fmt.Errorf("delete the session's folder: %w", err))
 	}
-	if err := st.inner.Purge(ctx); err != nil {
+	if err := st.inner.Purge(ctx, last(sess)); err != nil {
 		return words(st.config, fmt.Errorf("delete the session's checkpoints: %w", err))
 	}
 	s.gc.soon(st.config)
 	return nil
 }
 
-// deleteFolder deletes all objects of a folder below the root; the empty one is all
-// of the root but what Cloud Code itself keeps there.
-func deleteFolder(ctx context.Context, s objstore.Store, prefix string) error {
-	if prefix != "" {
-		prefix += "/"
+// alone returns FAILED_PRECONDITION if there is something in the session's folder that
+// is not its own, of sessions that this server may not know: files of another session,
+// or the checkpoints of another root.
+func alone(ctx context.Context, st *Session) error {
+	refused := func(format string, args ...any) error {
+		return grpcerr.New(codes.FailedPrecondition, ReasonPrefixInUse, "%s is not deleted: %s", st.config.URI(st.prefix), fmt.Sprintf(format, args...))
 	}
+	for other, err := range st.bucket.repo.Around(ctx, st.prefix) {
+		switch {
+		case err != nil:
+			return err
+		case other.Err != nil:
+			return refused("a session in %s may have files in it, and its checkpoints cannot be read: %s", st.config.URI(other.Prefix), other.Err)
+		case other.Manifest == nil || modeOf(other.Manifest.Mode) == fleet.ModeMount:
+			return refused("session %q has files in %s. If nobody needs them, recover that session, and purge it first", other.Head.Owner.SessionID, st.config.URI(other.Prefix))
+		}
+	}
+	for o, err := range st.bucket.store.List(ctx, folder(st.prefix), "", "") {
+		if err != nil {
+			return err
+		}
+		if root, ok := rootOf(o.Key); ok && root != "" {
+			return refused("checkpoints of other sessions are kept in %s, which is inside it", st.config.URI(root))
+		}
+	}
+	return nil
+}
+
+func folder(prefix string) string {
+	if prefix == "" {
+		return ""
+	}
+	return prefix + "/"
+}
+
+// rootOf returns below what folder sessions are kept, if the key is of what Cloud Code
+// keeps of them there.
+func rootOf(key string) (root string, ok bool) {
+	if strings.HasPrefix(key, conf.StateDir+"/") {
+		return "", true
+	}
+	root, _, ok = strings.Cut(key, "/"+conf.StateDir+"/v1/")
+	return root, ok
+}
+
+// deleteFolder deletes all objects of a folder below the root, but what Cloud Code
+// itself keeps there.
+func deleteFolder(ctx context.Context, s objstore.Store, prefix string) error {
 	var keys []string
 	flush := func() error {
 		if len(keys) == 0 {
@@ -299,11 +356,11 @@ func deleteFolder(ctx context.Context, s objstore.Store, prefix string) error {
 		keys = keys[:0]
 		return err
 	}
-	for o, err := range s.List(ctx, prefix, "", "") {
+	for o, err := range s.List(ctx, folder(prefix), "", "") {
 		if err != nil {
 			return err
 		}
-		if prefix == "" && strings.HasPrefix(o.Key, conf.StateDir+"/") {
+		if _, ok := rootOf(o.Key); ok {
 			continue
 		}
 		if keys = append(keys, o.Key); len(keys) == deleteBatch {

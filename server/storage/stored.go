@@ -27,6 +27,8 @@ type Stored struct {
 	Generation uint64 // of its last owner
 	Time       time.Time
 	DeleteTime time.Time
+	// Node that had it last; empty: none ever did, it is a fork that was not placed.
+	Node string
 	// Released: its last owner has saved it and let it go.
 	Released   bool
 	Checkpoint *fleet.Checkpoint // nil: there is none
@@ -73,7 +75,7 @@ func (s *Storage) Stored(ctx context.Context, profile string) iter.Seq2[Stored, 
 func stored(c conf.Config, found checkpoint.Stored) Stored {
 	h := found.Head
 	out := Stored{
-		SessionID: h.Owner.SessionID, UID: h.Owner.SessionUID, Generation: h.Owner.Generation, Time: h.Time, DeleteTime: h.DeleteTime, Released: h.Released,
+		SessionID: h.Owner.SessionID, UID: h.Owner.SessionUID, Generation: h.Owner.Generation, Node: h.Owner.Node, Time: h.Time, DeleteTime: h.DeleteTime, Released: h.Released,
 		Storage: fleet.Storage{Prefix: found.Prefix, Endpoint: c.Endpoint, Bucket: c.Bucket, Root: c.Root}, Err: words(c, found.Err),
 	}
 	m := found.Manifest

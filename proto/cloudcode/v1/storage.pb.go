@@ -35,7 +35,11 @@ type StorageProfile struct {
 	Prefix    string `protobuf:"bytes,6,opt,name=prefix,proto3" json:"prefix,omitempty"`
 	Encrypted bool   `protobuf:"varint,7,opt,name=encrypted,proto3" json:"encrypted,omitempty"`
 	// What AUTO becomes there for a new folder.
-	AutoMode      Storage_Mode `protobuf:"varint,8,opt,name=auto_mode,json=autoMode,proto3,enum=cloudcode.v1.Storage_Mode" json:"auto_mode,omitempty"`
+	AutoMode Storage_Mode `protobuf:"varint,8,opt,name=auto_mode,json=autoMode,proto3,enum=cloudcode.v1.Storage_Mode" json:"auto_mode,omitempty"`
+	// Why data that no checkpoint needs could not be deleted there the last time, such
+	// as a checkpoint that is damaged, by its name; empty: it could, or that was not
+	// tried since the server was started.
+	Message       string `protobuf:"bytes,9,opt,name=message,proto3" json:"message,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -124,6 +128,13 @@ func (x *StorageProfile) GetAutoMode() Storage_Mode {
 		return x.AutoMode
 	}
 	return Storage_MODE_UNSPECIFIED
+}
+
+func (x *StorageProfile) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
 }
 
 type ListStorageProfilesRequest struct {
@@ -571,7 +582,7 @@ var File_cloudcode_v1_storage_proto protoreflect.FileDescriptor
 
 const file_cloudcode_v1_storage_proto_rawDesc = "" +
 	"\n" +
-	"\x1acloudcode/v1/storage.proto\x12\fcloudcode.v1\x1a\x1acloudcode/v1/session.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xfe\x01\n" +
+	"\x1acloudcode/v1/storage.proto\x12\fcloudcode.v1\x1a\x1acloudcode/v1/session.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x98\x02\n" +
 	"\x0eStorageProfile\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\bendpoint\x18\x02 \x01(\tR\bendpoint\x12\x16\n" +
@@ -581,7 +592,8 @@ const file_cloudcode_v1_storage_proto_rawDesc = "" +
 	"path_style\x18\x05 \x01(\bR\tpathStyle\x12\x16\n" +
 	"\x06prefix\x18\x06 \x01(\tR\x06prefix\x12\x1c\n" +
 	"\tencrypted\x18\a \x01(\bR\tencrypted\x127\n" +
-	"\tauto_mode\x18\b \x01(\x0e2\x1a.cloudcode.v1.Storage.ModeR\bautoMode\"\x1c\n" +
+	"\tauto_mode\x18\b \x01(\x0e2\x1a.cloudcode.v1.Storage.ModeR\bautoMode\x12\x18\n" +
+	"\amessage\x18\t \x01(\tR\amessage\"\x1c\n" +
 	"\x1aListStorageProfilesRequest\"f\n" +
 	"\x1bListStorageProfilesResponse\x12G\n" +
 	"\x10storage_profiles\x18\x01 \x03(\v2\x1c.cloudcode.v1.StorageProfileR\x0fstorageProfiles\"3\n" +

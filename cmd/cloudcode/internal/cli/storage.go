@@ -61,6 +61,9 @@ func printProfiles(cmd *cobra.Command, profiles []*cloudcodev1.StorageProfile) e
 	}
 	rows := make([][]string, 0, len(profiles))
 	for _, p := range profiles {
+		if p.GetMessage() != "" {
+			fmt.Fprintf(cmd.ErrOrStderr(), "%s: %s\n", idOf(p.GetName()), p.GetMessage())
+		}
 		encrypted := "no"
 		if p.GetEncrypted() {
 			encrypted = "yes"

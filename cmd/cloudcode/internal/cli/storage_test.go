@@ -263,6 +263,10 @@ func TestStorageOutput(t *testing.T) {
 			golden(t, name, r.out)
 		})
 	}
+	f.profiles[1].Message = "a checkpoint is damaged"
+	if r := f.run("storage", "profiles"); r.code != 0 || r.err != "tigris: a checkpoint is damaged\n" || strings.Contains(r.out, "damaged") {
+		t.Errorf("%+v", r)
+	}
 	f.saved, f.profiles = nil, nil
 	if r := f.run("session", "checkpoints", "kept"); r.out != "" || !strings.Contains(r.err, "no checkpoints yet") {
 		t.Errorf("%+v", r)

@@ -956,14 +956,18 @@ type Assignment struct {
 	Storage *AssignedStorage `protobuf:"bytes,8,opt,name=storage,proto3" json:"storage,omitempty"`
 	// Of the session, to be kept with its checkpoints.
 	Labels map[string]string `protobuf:"bytes,9,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	// Unless it is empty: the checkpoint that the session is taken back to at
-	// the start of this generation, once.
+	// Unless it is empty: the checkpoint that the session is taken back to before
+	// it starts, once for each restore_generation.
 	RestoreCheckpoint string `protobuf:"bytes,10,opt,name=restore_checkpoint,json=restoreCheckpoint,proto3" json:"restore_checkpoint,omitempty"`
 	// With DELETE: what is in object storage is deleted by the server afterwards,
 	// so there is nothing to be saved.
-	PurgeStorage  bool `protobuf:"varint,11,opt,name=purge_storage,json=purgeStorage,proto3" json:"purge_storage,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	PurgeStorage bool `protobuf:"varint,11,opt,name=purge_storage,json=purgeStorage,proto3" json:"purge_storage,omitempty"`
+	// Which request restore_checkpoint is of: the first generation that carried it.
+	// Later ones carry it, too, until the server has heard that the session ran: what
+	// was done for an earlier one is not done again.
+	RestoreGeneration int64 `protobuf:"varint,12,opt,name=restore_generation,json=restoreGeneration,proto3" json:"restore_generation,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
 }
 
 func (x *Assignment) Reset() {
@@ -1071,6 +1075,13 @@ func (x *Assignment) GetPurgeStorage() bool {
 		return x.PurgeStorage
 	}
 	return false
+}
+
+func (x *Assignment) GetRestoreGeneration() int64 {
+	if x != nil {
+		return x.RestoreGeneration
+	}
+	return 0
 }
 
 // AssignedStorage is all that a node needs to keep a session in object storage.
@@ -2288,7 +2299,7 @@ const file_cloudcode_node_v1_node_proto_rawDesc = "" +
 	"\bgateways\x18\x01 \x03(\v2\x1a.cloudcode.node.v1.GatewayR\bgateways\"3\n" +
 	"\aGateway\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
-	"\aaddress\x18\x02 \x01(\tR\aaddress\"\x9f\x05\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\"\xce\x05\n" +
 	"\n" +
 	"Assignment\x12\x1d\n" +
 	"\n" +
@@ -2306,7 +2317,8 @@ const file_cloudcode_node_v1_node_proto_rawDesc = "" +
 	"\x06labels\x18\t \x03(\v2).cloudcode.node.v1.Assignment.LabelsEntryR\x06labels\x12-\n" +
 	"\x12restore_checkpoint\x18\n" +
 	" \x01(\tR\x11restoreCheckpoint\x12#\n" +
-	"\rpurge_storage\x18\v \x01(\bR\fpurgeStorage\x1a9\n" +
+	"\rpurge_storage\x18\v \x01(\bR\fpurgeStorage\x12-\n" +
+	"\x12restore_generation\x18\f \x01(\x03R\x11restoreGeneration\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"O\n" +
