@@ -284,17 +284,7 @@ func (w *Writer) arrived(p *pack, blocks []packBlock) {
 	}
 	b := append([]byte(nil), p.id[:]...)
 	b = binary.LittleEndian.AppendUint64(b, uint64(p.uploaded.UnixNano()))
-	b = binary.AppendUvarint(b, uint64(len(blocks)))
-	for _, k := range blocks {
-		b = append(b, k.kind)
-		b = binary.AppendUvarint(b, uint64(k.stored))
-		b = binary.AppendUvarint(b, uint64(k.plain))
-		b = binary.AppendUvarint(b, uint64(len(k.chunks)))
-		for _, c := range k.chunks {
-			b = append(b, c.id[:]...)
-			b = binary.AppendUvarint(b, uint64(c.n))
-		}
-	}
+	b = appendPackIndex(b, blocks)
 	sum := sha256.Sum256(append(w.cacheHead(), b...))
 	rec := binary.LittleEndian.AppendUint32(nil, uint32(len(b)))
 	rec = append(append(rec, sum[:]...), b...)

@@ -90,10 +90,10 @@ func (d *delta) keep(text []byte) (stash, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.bytes += int64(len(text))
-	if d.bytes > deltaMax && !d.last {
+	if d.bytes > d.w.o.deltaMax && !d.last {
 		return stash{}, errLarge
 	}
-	if d.bytes <= memoryMax {
+	if d.bytes <= d.w.o.deltaMax {
 		return stash{text: text, n: len(text)}, nil
 	}
 	return d.spill.write(text)

@@ -31,7 +31,7 @@ func (n *notes) add(s string) {
 		return
 	}
 	if len(s) > maxNote {
-		s = s[:maxNote] + "…"
+		s = s[:maxNote/2] + "…" + s[len(s)-maxNote/2:]
 	}
 	n.all = append(n.all, s)
 }

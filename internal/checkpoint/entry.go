@@ -22,8 +22,13 @@ const (
 const (
 	maxPath    = 1 << 20
 	maxXattr   = 64 << 10 // the kernel's
-	maxXattrs  = 1 << 10
 	segVersion = 1
+
+	// A writer keeps well below what a reader takes: folders with longer paths are
+	// noted and left out, for a walk to such depths takes time while the session
+	// stands still; attributes beyond that size are left out.
+	maxTreePath = 64 << 10
+	maxXattrs   = 256 << 10
 
 	// Segments are cut behind an entry whose path's hash says so, which depends
 	// on nothing else: what is changed elsewhere does not move the cuts.

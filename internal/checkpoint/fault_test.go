@@ -3,8 +3,10 @@ package checkpoint
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"strings"
 	"sync"
@@ -19,11 +21,10 @@ import (
 
 // random is text that does not compress and is like no other.
 func random(seed uint64, n int) string {
+	var key [32]byte
+	binary.LittleEndian.PutUint64(key[:], seed)
 	b := make([]byte, n)
-	for i := range b {
-		seed = seed*6364136223846793005 + 1442695040888963407
-		b[i] = byte(seed >> 56)
-	}
+	rand.NewChaCha8(key).Read(b)
 	return string(b)
 }
 
@@ -48,11 +49,13 @@ func TestEveryRequestMayFail(t *testing.T) {
 			}
 			r := newRig(t, m, nil)
 			r.put("a", "one")
-			r.put("large", random(1, 9<<20))
+			r.put("b", "same")
+			r.put("z/large", random(1, 9<<20))
 			first := r.save()
 			before := describe(t, r.o.Dir)
 			r.put("a", "two")
-			r.put("large", random(2, 9<<20))
+			r.put("z/large", random(2, 9<<20))
+			must(t, os.Chmod(r.path("b"), 0o4711)) // sends nothing: it must not be forgotten either
 			left.Store(int64(n))
 			info, err := r.w.Save(t.Context(), noFreeze, Meta{})
 			failed := left.Load() <= 0
@@ -212,11 +215,13 @@ func TestFrozenInstant(t *testing.T) {
 // and at last taken whatever it is.
 func TestLargeDelta(t *testing.T) {
 	r := newRig(t, objstore.NewMemory(), nil)
+	r.o.deltaMax = 2 << 20
+	r.reopen(true)
 	freezes := 0
 	_, err := r.w.Save(t.Context(), func(context.Context) (func() error, error) {
 		freezes++
 		for i := range 3 {
-			r.put(fmt.Sprintf("f%d", i), random(uint64(freezes*10+i), 30<<20))
+			r.put(fmt.Sprintf("f%d", i), random(uint64(freezes*10+i), 900_000*(i+1)))
 		}
 		return func() error { return nil }, nil
 	}, Meta{})
@@ -403,6 +408,22 @@ func TestHeadTakeover(t *testing.T) {
 	}
 }
 
+// settled waits until a file's stamp is old enough to be believed.
+func settled(t *testing.T, path string) {
+	t.Helper()
+	for end := time.Now().Add(10 * time.Second); ; {
+		var st unix.Stat_t
+		must(t, unix.Lstat(path, &st))
+		if !sigOf(&st).racy() {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("%s is stamped %d, now it is %d", path, st.Ctim.Nano(), time.Now().UnixNano())
+		}
+		<-time.After(time.Millisecond)
+	}
+}
+
 // A page that is written through a mapping, saved, and written again has its file
 // read again, though nothing but memory was touched.
 func TestMappedWrites(t *testing.T) {
@@ -421,19 +442,42 @@ func TestMappedWrites(t *testing.T) {
 	defer unix.Munmap(mem)
 	for i := range 5 {
 		mem[5000] = byte('a' + i)
-		old := func() bool {
-			var st unix.Stat_t
-			must(t, unix.Fstat(int(f.Fd()), &st))
-			s := sigOf(&st)
-			return !s.racy()
-		}
-		for !old() {
-			<-time.After(time.Millisecond)
-		}
+		settled(t, r.path("mapped"))
 		// Nothing may write the page back but Save itself: no restore in here.
 		if info := r.save(); info.Unchanged {
 			t.Fatalf("write %d was missed", i)
 		}
 	}
+	r.check()
+}
+
+// What a walk has seen before it failed still counts as changed for the next.
+func TestChangesOutliveAFailure(t *testing.T) {
+	r := newRig(t, objstore.NewMemory(), nil)
+	ctx, cancel := context.WithCancel(t.Context())
+	r.o.Exclude = func(rel string, _ bool) bool {
+		if rel == "b" {
+			cancel()
+		}
+		return rel == "b"
+	}
+	r.reopen(true)
+	r.put("a", "same")
+	for i := range 400 { // the context is looked at every so many names
+		r.put(fmt.Sprintf("c%d", i), "same")
+	}
+	old := time.Unix(1_000_000, 0)
+	must(t, os.Chtimes(r.o.Dir, old, old))
+	settled(t, r.o.Dir)
+	r.save()
+	must(t, os.Chmod(r.path("a"), 0o711))
+	settled(t, r.path("a")) // else it is looked at again anyway
+	r.put("b", "")
+	if _, err := r.w.Save(ctx, noFreeze, Meta{}); !errors.Is(err, context.Canceled) {
+		t.Fatal(err)
+	}
+	must(t, os.Remove(r.path("b")))
+	must(t, os.Chtimes(r.o.Dir, old, old))
+	r.save()
 	r.check()
 }

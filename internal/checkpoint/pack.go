@@ -120,7 +120,19 @@ func (c *cryptor) flags() byte {
 
 // packTrailer is what follows the blocks.
 func (c *cryptor) packTrailer(id packID, blocks []packBlock) []byte {
-	b := binary.AppendUvarint(nil, uint64(len(blocks)))
+	header := c.packHeader(id)
+	sealed := c.seal("pack index", header, appendPackIndex(nil, blocks))
+	out := append([]byte(nil), sealed...)
+	out = binary.LittleEndian.AppendUint32(out, uint32(len(sealed)))
+	sum := sha256.New()
+	sum.Write(header)
+	sum.Write(sealed)
+	out = sum.Sum(out)
+	return append(out, packEndMagic...)
+}
+
+func appendPackIndex(b []byte, blocks []packBlock) []byte {
+	b = binary.AppendUvarint(b, uint64(len(blocks)))
 	for _, k := range blocks {
 		b = append(b, k.kind)
 		b = binary.AppendUvarint(b, uint64(k.stored))
@@ -131,15 +143,7 @@ func (c *cryptor) packTrailer(id packID, blocks []packBlock) []byte {
 			b = binary.AppendUvarint(b, uint64(ch.n))
 		}
 	}
-	header := c.packHeader(id)
-	sealed := c.seal("pack index", header, b)
-	out := append([]byte(nil), sealed...)
-	out = binary.LittleEndian.AppendUint32(out, uint32(len(sealed)))
-	sum := sha256.New()
-	sum.Write(header)
-	sum.Write(sealed)
-	out = sum.Sum(out)
-	return append(out, packEndMagic...)
+	return b
 }
 
 // checkKey says whether an object with these header fields is for this key.

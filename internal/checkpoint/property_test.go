@@ -85,7 +85,7 @@ func (m *mutator) step() {
 			unix.Fsetxattr(int(f.Fd()), name, []byte(rapid.StringN(0, 40, 40).Draw(m.rt, "value")), 0)
 		})
 	case 13:
-		if d, err := m.root.Open(filepath.Dir(p)); err == nil {
+		if d, err := m.root.OpenFile(filepath.Dir(p), os.O_RDONLY|unix.O_DIRECTORY|unix.O_NONBLOCK, 0); err == nil {
 			unix.Mkfifoat(int(d.Fd()), filepath.Base(p), 0o600)
 			d.Close()
 		}
@@ -192,6 +192,35 @@ func TestVeryDeepTree(t *testing.T) {
 	must(t, err)
 	if string(b[:n]) != "deep" {
 		t.Errorf("%q", b[:n])
+	}
+}
+
+// Deeper than what is saved: that is said, and all above comes back.
+func TestEndlessTree(t *testing.T) {
+	r := newRig(t, objstore.NewMemory(), nil)
+	r.put("a", "b")
+	fd, err := unix.Open(r.o.Dir, unix.O_DIRECTORY, 0)
+	must(t, err)
+	name := string(bytes.Repeat([]byte{'d'}, 250))
+	for range 300 {
+		must(t, unix.Mkdirat(fd, name, 0o755))
+		next, err := unix.Openat(fd, name, unix.O_DIRECTORY, 0)
+		must(t, err)
+		must(t, unix.Close(fd))
+		fd = next
+	}
+	must(t, unix.Close(fd))
+	info := r.save()
+	if len(info.Notes) != 1 || len(info.Notes[0]) > maxNote+10 || info.Files > 270 {
+		t.Errorf("%d entries, notes %q", info.Files, info.Notes)
+	}
+	dir := filepath.Join(t.TempDir(), "out")
+	if _, err := r.s.Restore(t.Context(), "", RestoreOptions{Dir: dir}); err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile(filepath.Join(dir, "a"))
+	if err != nil || string(text) != "b" {
+		t.Error(string(text), err)
 	}
 }
 

@@ -14,10 +14,9 @@ import (
 const (
 	// deltaMax is how much may be left to take in the frozen walk before it is
 	// called off and another walk goes first; freezesMax bounds how often.
-	deltaMax   = 64 << 20
+	deltaMax = 64 << 20
+	// What is taken beyond deltaMax then goes to a file, not into memory.
 	freezesMax = 3
-	// memoryMax is how much of it is kept in memory; more goes to a file.
-	memoryMax = deltaMax
 	// wholeMax is the size up to which a file is taken as it is; larger ones are
 	// cut and compared at once, because most of them has not changed.
 	wholeMax = 1 << 20
@@ -48,6 +47,8 @@ func (w *Writer) Save(ctx context.Context, freeze func(context.Context) (thaw fu
 		w.forget()
 	}
 	w.stats.Total, w.stats.Read, w.stats.Sent = time.Since(start), w.read.Load(), p.sent
+	last := w.stats
+	w.last.Store(&last)
 	if err != nil {
 		// What was read and sent so far need not be again.
 		return Info{}, errors.Join(err, w.saveCache())
@@ -61,7 +62,6 @@ func (w *Writer) save(ctx context.Context, p *packer, freeze func(context.Contex
 		if err := w.scan(ctx, last); err != nil {
 			return Info{}, w.first(p, err)
 		}
-		w.dirty = w.dirty || last.touched > 0
 	} else {
 		var err error
 		if last, err = w.frozen(ctx, p, freeze); err != nil {
@@ -122,12 +122,10 @@ func (w *Writer) frozen(ctx context.Context, p *packer, freeze func(context.Cont
 		if err := w.scan(ctx, pre); err != nil {
 			return nil, err
 		}
-		w.dirty = w.dirty || pre.touched > 0
 		w.stats.Freezes++
 		d := &delta{w: w, p: p, spill: spill{dir: w.o.StateDir}, last: w.stats.Freezes == freezesMax}
 		s, err := w.freeze(ctx, d, freeze)
 		if err == nil {
-			w.dirty = w.dirty || s.touched > 0
 			err = d.store()
 		}
 		d.spill.close()

@@ -62,6 +62,11 @@ func (w *Writer) scan(ctx context.Context, s *scan) error {
 	if s.err == nil && w.tree.gone {
 		s.err = fmt.Errorf("%s: %w", w.o.Dir, unix.ENOENT)
 	}
+	// A walk that failed has perhaps changed the picture, and the next one will not
+	// see that again.
+	if s.touched > 0 || s.err != nil {
+		w.dirty = true
+	}
 	return s.err
 }
 
@@ -182,22 +187,30 @@ func join(dir, name string) string {
 }
 
 // merge gives a node for each of the names (sorted), the old one where there is.
+// touched counts those that are gone.
 func merge(old []*node, names []string) (nodes []*node, touched int) {
 	nodes = make([]*node, 0, len(names))
-	i := 0
-	for _, name := range names {
-		for i < len(old) && old[i].name < name {
-			i++
-			touched++ // it is gone
+	drop := func(n *node) {
+		if n.kind != 0 { // else it was never looked at
+			touched++
 		}
-		if i < len(old) && old[i].name == name {
-			nodes = append(nodes, old[i])
-			i++
+	}
+	for _, name := range names {
+		for len(old) > 0 && old[0].name < name {
+			drop(old[0])
+			old = old[1:]
+		}
+		if len(old) > 0 && old[0].name == name {
+			nodes = append(nodes, old[0])
+			old = old[1:]
 			continue
 		}
 		nodes = append(nodes, &node{name: name})
 	}
-	return nodes, touched + len(old) - i
+	for _, n := range old {
+		drop(n)
+	}
+	return nodes, touched
 }
 
 // readTries is how often a file that changes while it is read is read again where
@@ -207,8 +220,11 @@ const readTries = 4
 // name brings one name up to date: the node as it was if nothing changed, nil if
 // it is not to be saved or gone.
 func (s *scan) name(b *readBuffer, dir int, parent string, n *node) (*node, bool, error) {
-	if path := join(parent, n.name); s.w.o.Exclude != nil && s.w.o.Exclude(path, false) && s.w.o.Exclude(path, true) {
-		return nil, n.kind != 0, nil // not even looked at: it may be a mount that hangs or is dead
+	if x := s.w.o.Exclude; n.kind == 0 && x != nil {
+		// Not even looked at: it may be a mount that hangs or is dead.
+		if path := join(parent, n.name); x(path, false) && x(path, true) {
+			return nil, false, nil
+		}
 	}
 	var st unix.Stat_t
 	for try := 1; ; try++ {
@@ -253,6 +269,10 @@ func (s *scan) fresh(b *readBuffer, at int, path string, old *node, now sig) (n 
 			n.kind, n.link = kindSkip, "it is another file system"
 			return n, false, nil
 		}
+		if len(path) > maxTreePath {
+			n.kind, n.link = kindSkip, "its path is too long"
+			return n, false, nil
+		}
 		n.kind, n.sub = kindDir, &dir{}
 		n.sub.sig.ino = now.ino
 		return n, false, nil
@@ -285,7 +305,11 @@ func (s *scan) fresh(b *readBuffer, at int, path string, old *node, now sig) (n 
 		}
 	}
 	fd, err := openRead(at, n.name, 0)
-	if vanished(err) || errors.Is(err, unix.EXDEV) {
+	if errors.Is(err, unix.EXDEV) {
+		n.kind, n.link = kindSkip, "it is another file system"
+		return n, false, nil
+	}
+	if vanished(err) {
 		return nil, true, nil
 	}
 	if err != nil {

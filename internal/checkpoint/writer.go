@@ -26,6 +26,8 @@ type WriterOptions struct {
 	// Grace is that of garbage collection, DefaultGrace if zero: uploads that no
 	// checkpoint names are relied on for half of it.
 	Grace time.Duration
+
+	deltaMax int64 // less in tests
 }
 
 // Stats of the last Save.
@@ -52,7 +54,8 @@ type Writer struct {
 	packs []*pack         // all that index refers to
 	dirty bool            // the picture has changed since base
 	live  map[*pack]int64 // bytes that base needs of each pack
-	stats Stats
+	stats Stats           // of the Save under way
+	last  atomic.Pointer[Stats]
 	read  atomic.Int64
 	cache cacheState
 }
@@ -62,6 +65,9 @@ type Writer struct {
 func (s *Session) NewWriter(ctx context.Context, opts WriterOptions) (*Writer, error) {
 	if opts.Log == nil {
 		opts.Log = slog.New(slog.DiscardHandler)
+	}
+	if opts.deltaMax == 0 {
+		opts.deltaMax = deltaMax
 	}
 	if opts.Grace == 0 {
 		opts.Grace = DefaultGrace
@@ -147,18 +153,24 @@ func (w *Writer) Changed(ctx context.Context) (bool, error) {
 	return w.differs(ctx)
 }
 
-// Stats of the last Save.
+// Stats of the last Save that ended. It does not wait for one that is under way.
 func (w *Writer) Stats() Stats {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.stats
+	if s := w.last.Load(); s != nil {
+		return *s
+	}
+	return Stats{}
 }
 
 // Close keeps what saves time for the next writer.
 func (w *Writer) Close() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.saveCache()
+	err := w.saveCache()
+	if w.cache.journal != nil {
+		err = errors.Join(err, w.cache.journal.Close())
+		w.cache.journal = nil
+	}
+	return err
 }
 
 // sweep forgets the content of files that is not to be relied on any more: it is

@@ -54,8 +54,9 @@ func readXattrs(fd int, m ids) ([]xattr, error) {
 		return nil, err
 	}
 	var all []xattr
+	total := 0
 	for name := range strings.SplitSeq(strings.TrimSuffix(string(buf[:n]), "\x00"), "\x00") {
-		if !strings.HasPrefix(name, "user.") && name != xattrCaps && name != xattrAccess && name != xattrDefault || len(all) == maxXattrs {
+		if !strings.HasPrefix(name, "user.") && name != xattrCaps && name != xattrAccess && name != xattrDefault {
 			continue
 		}
 		value := make([]byte, maxXattr)
@@ -65,6 +66,9 @@ func readXattrs(fd int, m ids) ([]xattr, error) {
 		}
 		if err != nil {
 			return nil, err
+		}
+		if total += n; total > maxXattrs {
+			break
 		}
 		all = append(all, xattr{name, string(shift(name, value[:n], func(id uint32) uint32 { id, _ = m.inside(id); return id }, m.base, false))})
 	}

@@ -178,6 +178,7 @@ type Session struct {
 	// acquired: the head says that the session is this owner's.
 	acquired atomic.Bool
 	requests chan request
+	ended    chan struct{} // closed when Run has returned
 	activity activity
 
 	mu      sync.Mutex
@@ -215,7 +216,7 @@ func (m *Manager) Open(ctx context.Context, p Params) (_ *Session, err error) {
 			SessionID: a.GetSessionId(), SessionUID: a.GetSessionUid(),
 			Node: m.cfg.Node, Instance: m.cfg.Instance, Generation: uint64(a.GetGeneration()),
 		},
-		requests: make(chan request),
+		requests: make(chan request), ended: make(chan struct{}),
 		status:   &cloudcodev1.StorageStatus{Mode: a.GetStorage().GetMode(), Persistent: true, Uri: uri(a.GetStorage())},
 	}
 	cfg := StorageConfig(a.GetStorage())
@@ -281,28 +282,39 @@ func (s *Session) takeOver(ctx context.Context) error {
 	if ours && was.Acquired == s.owner.Generation {
 		return s.stillOurs(ctx)
 	}
+	look, err := s.repo.Head(ctx)
+	existed := !errors.Is(err, checkpoint.ErrNotFound)
+	if existed && err != nil {
+		if errors.Is(err, objstore.ErrUnavailable) && s.p.Adopt && ours && was.Acquired != 0 && s.a.GetRestoreCheckpoint() == "" {
+			s.log.Warn("the object store is away: the session goes on, and is taken over for its new generation later", "error", err)
+			s.away = err
+			return nil
+		}
+		return err
+	}
+	// What the mark says must hold whenever this process dies: before the head is
+	// taken, it says of a tree that is not the newest that it is not.
 	next := mark{UID: s.owner.SessionUID, Instance: s.owner.Instance, Acquiring: s.owner.Generation}
-	if ours {
+	newest := ours && s.newest(was, look, existed)
+	if newest {
 		next.Acquired, next.Restoring = was.Acquired, was.Restoring
+		if existed {
+			next.Acquired = look.Owner.Generation
+		}
 	}
 	if err := next.save(dir); err != nil {
 		return err
 	}
-	// Only what the head was when it was taken counts: the owner before may have
-	// moved it once more until then.
+	// From here on only what the head was when it was taken counts: the owner before
+	// may have moved it once more.
 	head, existed, err := s.repo.Acquire(ctx, s.owner)
-	if errors.Is(err, objstore.ErrUnavailable) && s.p.Adopt && next.Acquired != 0 && s.a.GetRestoreCheckpoint() == "" {
-		s.log.Warn("the object store is away: the session goes on, and is taken over for its new generation later", "error", err)
-		s.away = err
-		return nil
-	}
 	if err != nil {
 		return err
 	}
 	s.acquired.Store(true)
-	s.resumed = existed
-	if !s.newest(next, head, existed) {
-		s.resumed = false
+	newest = newest && s.newest(next, head, existed)
+	s.resumed = newest && existed
+	if !newest {
 		next.Acquired, next.Restoring = 0, ""
 		if err := next.save(dir); err != nil {
 			return err

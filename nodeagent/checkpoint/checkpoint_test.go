@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -159,6 +160,7 @@ func (n *node) open(a *nodev1.Assignment) *Session {
 func (n *node) run(s *Session) (stop func() error) {
 	ctx, cancel := context.WithCancel(n.w.t.Context())
 	done := make(chan error, 1)
+	s.ended = make(chan struct{}) // a test saves one session several times
 	go func() { done <- s.Run(ctx) }()
 	return func() error {
 		cancel()
@@ -214,7 +216,8 @@ func TestMovesAndFences(t *testing.T) {
 	if _, err := first.save(t.Context(), TriggerBusy, nil); !errors.Is(err, ErrFenced) {
 		t.Errorf("the old owner saved: %v", err)
 	}
-	if err := a.run(first)(); !errors.Is(err, ErrFenced) && !errors.Is(err, context.Canceled) {
+	first.ended = make(chan struct{})
+	if err := first.Run(t.Context()); !errors.Is(err, ErrFenced) {
 		t.Errorf("Run of the old owner: %v", err)
 	}
 	w.must(second.repo.Verify(t.Context(), second.owner))
@@ -227,10 +230,16 @@ func TestMovesAndFences(t *testing.T) {
 		}
 	}
 	first.Close()
-	if _, err := a.m.Open(t.Context(), a.params(assignment(1))); err != nil {
-		t.Errorf("the old owner needs no object store to open what it has, but: %v", err)
+	// It is not started again, and by no daemon that does not know of it yet.
+	for range 2 {
+		if _, err := a.m.Open(t.Context(), a.params(assignment(1))); !errors.Is(err, ErrFenced) {
+			t.Errorf("the old owner opened it again: %v", err)
+		}
+		a.restart()
 	}
-	a.restart()
+	if !a.m.Unsaved(a.vol) {
+		t.Error("that its last change was never saved is forgotten")
+	}
 	if _, err := a.m.Open(t.Context(), func() Params {
 		p := a.params(assignment(1))
 		w.must(os.Remove(filepath.Join(a.vol.StateDir, markFile)))
@@ -410,8 +419,17 @@ func event(kind, props string) opencode.Event {
 	return opencode.Event{Type: kind, Frame: []byte(`{"payload":{"type":"` + kind + `","properties":` + props + `}}`)}
 }
 
+// emptyPools drops compressors that are kept for reuse: their channels belong to the
+// bubble that they were made in, or to none. Two collections do that.
+func emptyPools() {
+	runtime.GC()
+	runtime.GC()
+}
+
 func TestTurnsAndPeriods(t *testing.T) {
 	w := newWorld(t)
+	emptyPools()
+	defer emptyPools()
 	synctest.Test(t, func(t *testing.T) {
 		w.t = t
 		a := w.node("a")
@@ -480,4 +498,98 @@ func TestExcluded(t *testing.T) {
 			t.Errorf("%s: %v", rel, got)
 		}
 	}
+}
+
+// TestCutOff: whatever is killed between two steps of a takeover or a restore, the
+// newest state comes back.
+func TestCutOff(t *testing.T) {
+	t.Run("taken from another node, tree not brought yet", func(t *testing.T) {
+		w := newWorld(t)
+		a, b := w.node("a"), w.node("b")
+		s := a.open(assignment(1))
+		a.write("f", "old")
+		a.save(s)
+		s.Close()
+		s = b.open(assignment(2))
+		b.write("f", "new")
+		b.save(s)
+		s.Close()
+		// Node a has taken generation 3, and died before it fetched anything.
+		p := a.params(assignment(3))
+		p.Stop = func(context.Context) error { return errors.New("killed") }
+		if _, err := a.m.Open(t.Context(), p); err == nil {
+			t.Fatal("not killed")
+		}
+		for _, generation := range []int64{3, 4} {
+			s = a.open(assignment(generation))
+			a.want("f", "new")
+			s.Close()
+		}
+	})
+	t.Run("a restore that nobody wants any more", func(t *testing.T) {
+		w := newWorld(t)
+		a := w.node("a")
+		s := a.open(assignment(1))
+		a.write("f", "first")
+		first := a.save(s)
+		a.write("f", "second")
+		a.save(s)
+		s.Close()
+		// Killed between putting the tree aside and putting the other in place.
+		w.must(mark{UID: uid, Instance: "instance-a", Acquired: 1, Acquiring: 2, Restoring: "2/" + first}.save(a.vol.StateDir))
+		w.must(os.Rename(a.vol.S3Dir, filepath.Join(a.vol.Dir, "data", "aside")))
+		w.must(os.Mkdir(a.vol.S3Dir, 0o755))
+		s = a.open(assignment(3))
+		a.want("f", "second")
+		s.Close()
+	})
+	t.Run("the bucket was emptied", func(t *testing.T) {
+		w := newWorld(t)
+		a := w.node("a")
+		s := a.open(assignment(1))
+		a.write("f", "one")
+		a.save(s)
+		w.must(w.store.Delete(t.Context(), w.store.Keys()...))
+		a.write("f", "two")
+		stop := a.run(s)
+		if _, err := s.SaveNow(t.Context(), TriggerManual); err != nil {
+			if _, err = s.SaveNow(t.Context(), TriggerManual); err != nil {
+				t.Errorf("the session is not saved again: %v", err)
+			}
+		}
+		if err := stop(); !errors.Is(err, context.Canceled) {
+			t.Errorf("Run: %v", err)
+		}
+		s.Close()
+		w.must(w.store.Delete(t.Context(), w.store.Keys()...))
+		s = a.open(assignment(2))
+		a.want("f", "two")
+		a.save(s)
+		s.Close()
+		b := w.node("b")
+		s = b.open(assignment(3))
+		b.want("f", "two")
+		s.Close()
+	})
+	t.Run("a restore that cannot be done does not keep it from ending", func(t *testing.T) {
+		w := newWorld(t)
+		a := w.node("a")
+		s := a.open(assignment(1))
+		a.write("f", "one")
+		s.Close()
+		bad := assignment(2)
+		bad.RestoreCheckpoint = "20000101t000000.000z-none"
+		if _, err := a.m.Open(t.Context(), a.params(bad)); !errors.Is(err, checkpoint.ErrNotFound) {
+			t.Errorf("%v", err)
+		}
+		p := a.params(bad)
+		p.Ending = true
+		s, err := a.m.Open(t.Context(), p)
+		w.must(err)
+		w.must(s.Finish(t.Context(), TriggerSuspend, false))
+		b := w.node("b")
+		s = b.open(assignment(3))
+		b.want("f", "one")
+		s.Close()
+	})
 }

@@ -199,6 +199,7 @@ func unsavedMessage(err error) string {
 // Run saves the session until ctx ends or another node has taken over: then it
 // returns ErrFenced, and the container must go. What changed last is saved by Finish.
 func (s *Session) Run(ctx context.Context) error {
+	defer close(s.ended)
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var watching sync.WaitGroup
@@ -340,16 +341,23 @@ func (s *Session) retain(ctx context.Context) {
 	}
 }
 
-// SaveNow makes a checkpoint by Run's loop. Returns an error of class
-// context.Canceled if ctx or the loop ends first.
+// errEnded: a save was asked for, and the session ends.
+var errEnded = fmt.Errorf("%w: the session ends or starts again just now", objstore.ErrUnavailable)
+
+// SaveNow makes a checkpoint by Run's loop, as soon as that runs. Returns
+// objstore.ErrUnavailable if the loop ends first. Run is called once.
 func (s *Session) SaveNow(ctx context.Context, trigger string) (*cloudcodev1.Checkpoint, error) {
 	r := request{trigger: trigger, done: make(chan result, 1)}
 	select {
 	case s.requests <- r:
+	case <-s.ended:
+		return nil, errEnded
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
 	select {
+	case <-s.ended:
+		return nil, errEnded
 	case res := <-r.done:
 		if res.err != nil {
 			return nil, res.err
