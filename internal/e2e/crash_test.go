@@ -331,7 +331,7 @@ func (c *crash) round(t *testing.T, round int, victim string) {
 			}
 			c.resume(t, c.id, other)
 			h.restart(t)
-			h.waitNothingOf(t, c.id)
+			h.waitEnded(t, c.id)
 			h = other
 		} else {
 			h.forget(t, c.id)
