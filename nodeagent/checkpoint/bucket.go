@@ -346,7 +346,24 @@ func (s *Session) unmountBucket(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, flushTimeout)
 	defer cancel()
-	return s.mounter.Unmount(ctx, mountID(s.p.Volume))
+	id := mountID(s.p.Volume)
+	err := s.mounter.Unmount(ctx, id)
+	if !errors.Is(err, mount.ErrDead) && !errors.Is(err, mount.ErrHung) && !errors.Is(err, mount.ErrDetached) {
+		return err
+	}
+	// Trying again would say the same for ever: nobody mends mounts of a session that
+	// ends. A mounter that keeps files on disk has another one write them.
+	if r, ok := s.mounter.(mount.Remounter); ok {
+		if err := r.Remount(ctx, s.mountSpec()); err != nil {
+			return err
+		}
+		return s.mounter.Unmount(ctx, id)
+	}
+	s.log.Warn("files in the bucket may be missing", "error", err)
+	s.setStatus(func(st *cloudcodev1.StorageStatus) {
+		st.Message = "files that were just being written to the bucket may be missing: " + err.Error()
+	})
+	return s.mounter.Abandon(ctx, id)
 }
 
 func (s *Session) abandonBucket(ctx context.Context) error {
