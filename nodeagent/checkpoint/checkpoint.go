@@ -543,7 +543,11 @@ func makeOwned(tree *os.Root, dir string, id uint32) error {
 
 // wanted names the restore that the assignment asks for.
 func (s *Session) wanted() string {
-	return fmt.Sprintf("%d/%s", s.a.GetGeneration(), s.a.GetRestoreCheckpoint())
+	asked := s.a.GetRestoreGeneration()
+	if asked == 0 { // of an older server
+		asked = s.a.GetGeneration()
+	}
+	return fmt.Sprintf("%d/%s", asked, s.a.GetRestoreCheckpoint())
 }
 
 // due says whether the assignment asks for a restore that was not done yet. What
