@@ -115,8 +115,9 @@ type Params struct {
 	Freeze func(context.Context) (thaw func() error, err error)
 	// Labels of the session as they are now.
 	Labels func() map[string]string
-	// Changed is told that Status has something new; it must not block.
-	Changed func()
+	// Changed is told that Status has something new, and whether that is more than the
+	// next checkpoint; it must not block.
+	Changed func(urgent bool)
 	// Checkpointed is told of a checkpoint after a chat's turn.
 	Checkpointed func(*cloudcodev1.Checkpoint)
 	// Progress of Open.
@@ -622,10 +623,13 @@ func (s *Session) setStatus(change func(*cloudcodev1.StorageStatus)) {
 	s.mu.Lock()
 	before := proto.CloneOf(s.status)
 	change(s.status)
-	same := proto.Equal(before, s.status)
+	after := s.status
+	same := proto.Equal(before, after)
+	urgent := before.GetMountState() != after.GetMountState() || before.GetMessage() != after.GetMessage() ||
+		(before.GetUnsavedSince() == nil) != (after.GetUnsavedSince() == nil)
 	s.mu.Unlock()
 	if !same {
-		s.p.Changed()
+		s.p.Changed(urgent)
 	}
 }
 

@@ -138,7 +138,7 @@ func (n *node) params(a *nodev1.Assignment) Params {
 			}, nil
 		},
 		Labels:  func() map[string]string { return map[string]string{"team": "web"} },
-		Changed: func() {},
+		Changed: func(bool) {},
 		Checkpointed: func(c *cloudcodev1.Checkpoint) {
 			n.mu.Lock()
 			defer n.mu.Unlock()

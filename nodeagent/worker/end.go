@@ -116,7 +116,7 @@ func (w *Worker) finish(ctx context.Context, a *nodev1.Assignment, trigger strin
 }
 
 func (w *Worker) save(ctx context.Context, a *nodev1.Assignment, vol volume.Volume, trigger string, deleted bool) error {
-	p := w.storageParams(a, vol, false, func(string, string, int64, int64) {}, make(chan struct{}, 1))
+	p := w.storageParams(a, vol, false, func(string, string, int64, int64) {}, newStorageNews())
 	p.Ending = true
 	kept, err := w.cfg.Storage.Open(ctx, p)
 	if err != nil {

@@ -27,7 +27,26 @@ const (
 	fenceTimeout  = 15 * time.Second
 )
 
-func (w *Worker) storageParams(a *nodev1.Assignment, vol volume.Volume, adopt bool, progress func(phase, detail string, current, total int64), news chan struct{}) checkpoint.Params {
+// storageNews says that a session's storage has something to report; each channel
+// holds one.
+type storageNews struct{ any, urgent chan struct{} }
+
+func newStorageNews() storageNews {
+	return storageNews{make(chan struct{}, 1), make(chan struct{}, 1)}
+}
+
+func (n storageNews) put(urgent bool) {
+	c := n.any
+	if urgent {
+		c = n.urgent
+	}
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+func (w *Worker) storageParams(a *nodev1.Assignment, vol volume.Volume, adopt bool, progress func(phase, detail string, current, total int64), news storageNews) checkpoint.Params {
 	return checkpoint.Params{
 		Assignment: a, Volume: vol, Adopt: adopt, Progress: progress,
 		Stop:   func(ctx context.Context) error { return w.cfg.Runtime.Stop(ctx, w.session, stopGrace) },
@@ -37,12 +56,7 @@ func (w *Worker) storageParams(a *nodev1.Assignment, vol volume.Volume, adopt bo
 			defer w.mu.Unlock()
 			return w.target.GetLabels()
 		},
-		Changed: func() {
-			select {
-			case news <- struct{}{}:
-			default:
-			}
-		},
+		Changed: news.put,
 		Checkpointed: func(c *cloudcodev1.Checkpoint) {
 			frame, err := protojson.Marshal(c)
 			if err != nil {
@@ -97,24 +111,30 @@ func (w *Worker) fence(ctx context.Context, kept *checkpoint.Session) error {
 	return errors.Join(append(errs, kept.Abandon(ctx), w.cfg.Runtime.Kill(ctx, w.session))...)
 }
 
-// reportStorage reports news of the storage until ctx ends, not too often.
-func (w *Worker) reportStorage(ctx context.Context, a *nodev1.Assignment, news <-chan struct{}) {
-	for {
+// reportStorage reports news of the storage until ctx ends: what is urgent at once,
+// other news not too often.
+func (w *Worker) reportStorage(ctx context.Context, a *nodev1.Assignment, news storageNews) {
+	quiet := time.After(0)
+	for waiting := false; ; {
 		select {
-		case <-news:
+		case <-news.urgent:
+		case <-news.any:
+			waiting = true
+			continue
+		case <-quiet:
+			quiet = time.After(storagePeriod)
+			if !waiting {
+				continue
+			}
 		case <-ctx.Done():
 			return
 		}
+		waiting = false
 		w.mu.Lock()
 		ready := w.status.GetState() == nodev1.SessionStatus_RUNNING && w.status.GetGeneration() == a.GetGeneration()
 		w.mu.Unlock()
 		if ready { // else it goes with what is reported next
 			w.report(a, func(s *nodev1.SessionStatus) { w.keep(s) })
-		}
-		select {
-		case <-time.After(storagePeriod):
-		case <-ctx.Done():
-			return
 		}
 	}
 }

@@ -383,9 +383,9 @@ func (w *Worker) keepRunning(actx context.Context, a *nodev1.Assignment, adopt b
 	hooks := &runtime.Hooks{Progress: func(p runtime.Progress) { starting(string(p.Phase), p.Detail, p.Current, p.Total) }}
 	mounts := []runtime.Mount{{Source: vol.S3Dir, Destination: container.StorageDir, Propagated: true}}
 	var kept *checkpoint.Session
-	storageNews := make(chan struct{}, 1) // holds one: the storage's status has changed
+	news := newStorageNews()
 	if a.GetStorage() != nil {
-		if kept, err = w.cfg.Storage.Open(actx, w.storageParams(a, vol, adopt, starting, storageNews)); err != nil {
+		if kept, err = w.cfg.Storage.Open(actx, w.storageParams(a, vol, adopt, starting, news)); err != nil {
 			return 0, err
 		}
 		defer kept.Close()
@@ -422,7 +422,7 @@ func (w *Worker) keepRunning(actx context.Context, a *nodev1.Assignment, adopt b
 				cancel()
 			}
 		})
-		watch.Go(func() { w.reportStorage(wctx, a, storageNews) })
+		watch.Go(func() { w.reportStorage(wctx, a, news) })
 	}
 	ended := func() error {
 		select {
