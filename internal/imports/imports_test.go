@@ -82,6 +82,8 @@ func TestOnlyWiringImportsImplementations(t *testing.T) {
 	allowed := map[string][]string{
 		"server/store/boltstore":       {"server"},
 		"nodeagent/runtime/containerd": {"nodeagent", "cmd/cloudcode/internal/cli"}, // cli: `image import|list` on the node itself
+		"nodeagent/mount/tigrisfs":     {"nodeagent"},
+		"nodeagent/mount/rclone":       {"nodeagent"},
 	}
 	for name, p := range load(t) {
 		for _, imported := range p.Imports {

@@ -52,7 +52,7 @@ type Supervisor struct {
 	// like that of mounting.
 	Remounted func(ctx context.Context) error
 
-	// Interval between probes; 3 s. HungAfter is how long a mount may not answer
+	// Interval between probes, each of which is a child process; 5 s. HungAfter is how long a mount may not answer
 	// before its mounter is killed with what it has not written; 20 s.
 	Interval, HungAfter time.Duration
 
@@ -76,7 +76,7 @@ const (
 // of Mounter.Mount nothing runs.
 func (s *Supervisor) Start(ctx context.Context) error {
 	if s.Interval <= 0 {
-		s.Interval = 3 * time.Second
+		s.Interval = 5 * time.Second
 	}
 	if s.HungAfter <= 0 {
 		s.HungAfter = 20 * time.Second

@@ -115,7 +115,7 @@ func TestSupervisorRemountsDead(t *testing.T) {
 		s.Remounted = func(context.Context) error { attached++; return nil }
 		time.Sleep(time.Hour)
 		f.set(func(f *fake) { f.probe = ErrDead })
-		time.Sleep(4 * time.Second)
+		time.Sleep(6 * time.Second)
 		synctest.Wait()
 		s.Stop()
 		if f.mounts != 2 || attached != 1 {
@@ -186,14 +186,14 @@ func TestSupervisorBacksOff(t *testing.T) {
 		}
 		// Soon after that it still counts as one that fails often; later not.
 		f.set(func(f *fake) { f.probe = ErrDead })
-		time.Sleep(4 * time.Second)
+		time.Sleep(6 * time.Second)
 		synctest.Wait()
 		if got = h.get(); !strings.HasPrefix(got[len(got)-1], "FAILED") {
 			t.Errorf("last state %q", got[len(got)-1])
 		}
 		time.Sleep(time.Hour)
 		f.set(func(f *fake) { f.probe = ErrDead })
-		time.Sleep(4 * time.Second)
+		time.Sleep(6 * time.Second)
 		synctest.Wait()
 		if got = h.get(); got[len(got)-1] != "MOUNTED" || got[len(got)-2] != "REMOUNTING mounter has died" {
 			t.Errorf("last states %q", got[len(got)-2:])
@@ -215,7 +215,7 @@ func TestSupervisorEnds(t *testing.T) {
 		f = &fake{}
 		s, _ = start(t, f)
 		f.set(func(f *fake) { f.probe, f.block = ErrDead, make(chan struct{}) })
-		time.Sleep(4 * time.Second)
+		time.Sleep(6 * time.Second)
 		synctest.Wait()
 		if err := s.Abandon(t.Context()); err != nil {
 			t.Error(err)

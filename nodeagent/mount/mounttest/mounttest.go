@@ -69,6 +69,7 @@ func Run(t *testing.T, s Suite) {
 		"secrets":             testSecrets,
 		"refusals":            testRefusals,
 		"what is not mounted": testNotMounted,
+		"attached":            testAttached,
 	} {
 		t.Run(name, func(t *testing.T) { test(newEnv(t, s, s3)) })
 	}

@@ -219,7 +219,7 @@ func testKilled(e *env) {
 	e.s3.Resume()
 	e.eventually("the mounter is dead", func() error {
 		if err := e.m.Probe(e.ctx, e.spec.ID); !errors.Is(err, mount.ErrDead) {
-			return fmt.Errorf("Probe: %v", err)
+			return fmt.Errorf("the probe says %v", err)
 		}
 		return nil
 	})
@@ -318,7 +318,7 @@ func testAbandon(e *env) {
 		last := before
 		before = e.objects()
 		if last == nil || !maps.Equal(last, before) {
-			return errors.New("the bucket changes")
+			return errors.New("objects still change")
 		}
 		return nil
 	})

@@ -68,26 +68,30 @@ func (d driver) Sync(ctx context.Context, m process.Mounted) error {
 	}
 }
 
-// settled says whether all that was there before the last fsync is uploaded. A file
-// that is being written to is never without a change: it counts only if an upload
-// failed, or if it was on both lists.
+// Why something is pending, other than an upload that failed.
+const (
+	// changing has changes and no error: after an fsync those are new ones.
+	changing = "has changed again"
+	removing = "is not removed yet"
+)
+
+// settled says whether all that was done before the last fsync has reached the
+// object store. What is written all the time is never without a change; a removal
+// counts once it was pending twice.
 func settled(before, left map[string]string) bool {
-	if len(left) == 0 {
-		return true
-	}
-	if before == nil {
-		return false
-	}
 	for name, why := range left {
-		if _, twice := before[name]; twice && (why != changing || before[name] != changing) || why != changing {
+		switch why {
+		case changing:
+		case removing:
+			if before == nil || before[name] == removing {
+				return false
+			}
+		default:
 			return false
 		}
 	}
 	return true
 }
-
-// changing: an inode that has changes and no error. After an fsync those are new ones.
-const changing = "has changed again"
 
 func describe(left map[string]string) string {
 	names := slices.Sorted(maps.Keys(left))
@@ -135,7 +139,7 @@ func (d driver) pending(ctx context.Context, m process.Mounted) (map[string]stri
 			}
 			if asked[in.Path] {
 				for _, name := range in.Dir.DeletedChildren {
-					left[path.Join(in.Path, name)] = "is not removed yet"
+					left[path.Join(in.Path, name)] = removing
 				}
 			} else if in.Dir.ModifiedChildren > 0 {
 				folders = append(folders, in.Path)
