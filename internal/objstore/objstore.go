@@ -21,6 +21,7 @@ var (
 	ErrRegion       = errors.New("wrong region")
 	ErrUnavailable  = errors.New("object store unavailable") // no connection, time-outs, 5xx, throttling: try again later
 	ErrUnsupported  = errors.New("object store cannot do this")
+	ErrNotAllowed   = errors.New("endpoint is not allowed") // see Config.PublicOnly
 )
 
 // Object is what is known of an object without its content.
