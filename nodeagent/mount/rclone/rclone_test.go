@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
@@ -41,8 +42,8 @@ func TestConformance(t *testing.T) {
 
 // kept: rclone writes its notes in place, several times around a close; a kill in
 // the middle of that loses the file. So they must have been left alone for a while.
-func kept(dir, name string) error {
-	meta := filepath.Join(cacheDir(dir), "vfsMeta")
+func kept(cache, name string) error {
+	meta := filepath.Join(cache, "vfsMeta")
 	left, err := dirty(meta)
 	if err != nil {
 		return err
@@ -60,6 +61,18 @@ func kept(dir, name string) error {
 		}
 		return err
 	})
+}
+
+func TestCacheFolder(t *testing.T) {
+	if _, err := exec.LookPath("fusermount3"); err != nil {
+		t.Skip("without fusermount there are no arguments")
+	}
+	for given, want := range map[string]string{"": "--cache-dir=/state/cache", "/disk/cache": "--cache-dir=/disk/cache"} {
+		args, _, err := driver{}.Command(mount.Spec{Bucket: "b", Point: "/m", CacheDir: given}, "/state")
+		if err != nil || !slices.Contains(args, want) {
+			t.Errorf("%q: %q, %v", given, args, err)
+		}
+	}
 }
 
 func TestArgs(t *testing.T) {

@@ -22,6 +22,7 @@ const (
 	syncPause    = 250 * time.Millisecond
 	maxDumpBytes = 64 << 20
 	maxFolders   = 10000
+	maxLogBytes  = 2 * maxDumpBytes
 )
 
 // inode is what the attribute `debug` prints, the parts we need.
