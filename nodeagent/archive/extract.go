@@ -77,7 +77,7 @@ func (t Tree) Extract(ctx context.Context, rel string, r io.Reader) (files, byte
 			}
 			dirs = append(dirs, stamped{name, h})
 			continue
-		case tar.TypeReg, tar.TypeRegA: //nolint:staticcheck // old archives have it
+		case tar.TypeReg, 0: // old archives have the latter
 			n, err := sub.file(name, h, in)
 			bytes += n
 			if err != nil {

@@ -227,7 +227,7 @@ func testKilled(e *env) {
 	e.eventually("the process is gone", func() error {
 		all, err := e.m.List(e.ctx)
 		if err != nil || len(all) != 1 || all[0].PID != 0 {
-			return fmt.Errorf("List of a dead mount: %+v, %w", all, err)
+			return fmt.Errorf("the list of a dead mount: %+v, %w", all, err)
 		}
 		return nil
 	})
