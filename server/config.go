@@ -38,6 +38,10 @@ type Config struct {
 	// node alone. nil: there are none.
 	StorageProfiles *storage.Profiles
 
+	// OwnStorage says what buckets of their own sessions may bring; empty: those at
+	// addresses of the public internet.
+	OwnStorage storage.OwnPolicy
+
 	// StopTimeout bounds how long Stop waits for calls that run; 0: 5 s.
 	StopTimeout time.Duration
 	Logger      *slog.Logger

@@ -136,7 +136,7 @@ func (s *Server) Start(ctx context.Context) (err error) {
 		Store: db, Identify: identify(pki.RoleGateway), Path: gatewaysPath(s.config.DataDir), Logger: s.log,
 	})
 	gatewayv1.RegisterRouteServiceServer(s.grpc, gateways)
-	objects := storage.New(storage.Config{Store: db, Profiles: s.config.StorageProfiles, Logger: s.log})
+	objects := storage.New(storage.Config{Store: db, Profiles: s.config.StorageProfiles, Own: s.config.OwnStorage, Logger: s.log})
 	s.onStop(objects.Close)
 	dispatcher := dispatch.New(dispatch.Config{
 		Store: db, Gateways: gateways, Storage: objects, Identify: identify(pki.RoleNode), Logger: s.log,

@@ -21,6 +21,7 @@ const defaultGRPCListen = "127.0.0.1:7443"
 type serverFlags struct {
 	grpcListen, defaultImage string
 	storageProfiles          string
+	ownStorage               string
 	advertise                []string
 }
 
@@ -30,6 +31,8 @@ func (f *serverFlags) add(cmd *cobra.Command) {
 	fl.StringVar(&f.defaultImage, "image", image.DefaultRef, "image of sessions that name none")
 	fl.StringVar(&f.storageProfiles, "storage-profiles", "", "JSON `FILE` with named object storage, beside the one that S3_ENDPOINT and the other variables configure")
 	_ = cmd.MarkFlagFilename("storage-profiles", "json")
+	fl.StringVar(&f.ownStorage, "own-storage", string(storage.OwnPublic), "what buckets of their own sessions may bring: deny, public (at addresses of the public internet) or any (all that server and nodes can reach)")
+	_ = cmd.RegisterFlagCompletionFunc("own-storage", cobra.FixedCompletions([]string{string(storage.OwnDeny), string(storage.OwnPublic), string(storage.OwnAny)}, cobra.ShellCompDirectiveNoFileComp))
 	fl.StringSliceVar(&f.advertise, "advertise", nil, "further name or address of this server, for its certificate; can be repeated")
 }
 
@@ -38,11 +41,15 @@ func (f *serverFlags) start(ctx context.Context, dataDir string, allowAnonymous 
 	if err != nil {
 		return nil, err
 	}
+	own, err := storage.ParseOwnPolicy(f.ownStorage)
+	if err != nil {
+		return nil, fmt.Errorf("--own-storage: %w", err)
+	}
 	username, password := credentialsFromEnv()
 	s, err := server.New(server.Config{
 		DataDir: dataDir, GRPCListen: f.grpcListen, DefaultImage: f.defaultImage, AdvertiseHosts: f.advertise,
 		Username: username, Password: password, AllowAnonymous: allowAnonymous,
-		StorageProfiles: profiles, Logger: log,
+		StorageProfiles: profiles, OwnStorage: own, Logger: log,
 	})
 	if err != nil {
 		return nil, err

@@ -39,7 +39,7 @@ type storageFleet struct {
 func newStorageFleet(tb testing.TB, name string, st *store, root string, env ...string) *storageFleet {
 	tb.Helper()
 	f := newFleet(tb, name)
-	f.serverEnv = append(append(st.env(), "S3_PREFIX="+root), env...)
+	f.serverEnv = append(append(st.env(), "S3_PREFIX="+root, "CLOUDCODE_OWN_STORAGE=any"), env...)
 	f.hosts = nil
 	s := &storageFleet{fleet: f, store: st, root: root, a: f.addHost(tb, "a"), b: f.addHost(tb, "b")}
 	f.nodeHost, f.modelIP = s.a, sharedAddress(tb)

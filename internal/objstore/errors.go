@@ -156,6 +156,7 @@ func (s *s3) classifyTransport(what string, err error) failure {
 	}
 	var (
 		foreign  *notS3Error
+		address  *addressError
 		dns      *net.DNSError
 		unknown  x509.UnknownAuthorityError
 		hostname x509.HostnameError
@@ -168,6 +169,8 @@ func (s *s3) classifyTransport(what string, err error) failure {
 	switch {
 	case errors.As(err, &foreign):
 		return failure{err: say(ErrUnsupported, "%s: %v", at, foreign)}
+	case errors.As(err, &address):
+		return failure{err: say(ErrNotAllowed, "%s leads to %v, and buckets of sessions' own must be at public addresses, unless the server is started with --own-storage=any", at, address.addr)}
 	case errors.As(err, &dns):
 		hint := ""
 		if !s.cfg.UsesPathStyle() {

@@ -23,7 +23,8 @@ var (
 	ErrUnavailable  = errors.New("object store unavailable") // no connection, time-outs, 5xx, throttling: try again later
 	ErrUnsupported  = errors.New("object store cannot do this")
 	// ErrTooLarge is an ErrUnsupported: there is more than can be what was asked for.
-	ErrTooLarge = fmt.Errorf("%w: too large", ErrUnsupported)
+	ErrTooLarge   = fmt.Errorf("%w: too large", ErrUnsupported)
+	ErrNotAllowed = errors.New("endpoint is not allowed") // see Config.PublicOnly
 )
 
 // MaxObject is the most that Put takes and Get gives. Who has the keys of a bucket,

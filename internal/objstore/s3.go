@@ -29,7 +29,14 @@ type Config struct {
 	SecretAccessKey string
 	Region          string // empty or "auto": asked for when it is needed
 	PathStyle       bool   // see UsesPathStyle
-	Timeouts        Timeouts
+	// PublicOnly connects to addresses of the public internet alone, and not through
+	// the environment's proxy, which would connect to any: for endpoints that were named by
+	// somebody who must not reach what this machine reaches. Others are ErrNotAllowed.
+	PublicOnly bool
+	// Quiet tells of an answer that is no S3 server's nothing but its status: whoever
+	// named the endpoint may not be meant to read what is there.
+	Quiet    bool
+	Timeouts Timeouts
 }
 
 // Timeouts of one request; zero is the default.
@@ -106,7 +113,7 @@ func open(c Config) (*s3, error) {
 	if c.Timeouts.Retry == 0 {
 		c.Timeouts.Retry = 100 * time.Millisecond
 	}
-	s := &s3{cfg: c, transport: newTransport(c.Timeouts, isTigris(u.Hostname())), resolving: make(chan *client, 1)}
+	s := &s3{cfg: c, transport: newTransport(c, isTigris(u.Hostname())), resolving: make(chan *client, 1)}
 	region := c.Region
 	switch {
 	case region != "" && region != regionAuto:

@@ -43,7 +43,7 @@ func TestTigrisConsistency(t *testing.T) {
 	}))
 	defer srv.Close()
 	for tigris, want := range map[bool]string{true: "true", false: ""} {
-		tr := newTransport(Timeouts{Dial: time.Second, Header: time.Second, Stall: time.Second}, tigris)
+		tr := newTransport(Config{Timeouts: Timeouts{Dial: time.Second, Header: time.Second, Stall: time.Second}}, tigris)
 		defer tr.base.CloseIdleConnections()
 		req, err := http.NewRequestWithContext(t.Context(), http.MethodHead, srv.URL, nil)
 		if err != nil {
@@ -57,5 +57,12 @@ func TestTigrisConsistency(t *testing.T) {
 		if h := <-got; h != want {
 			t.Errorf("Tigris %v: header %q", tigris, h)
 		}
+	}
+}
+
+// A proxy would connect to whatever it is asked for.
+func TestPublicOnlyHasNoProxy(t *testing.T) {
+	if newTransport(Config{PublicOnly: true}, false).base.Proxy != nil || newTransport(Config{}, false).base.Proxy == nil {
+		t.Error("the environment's proxy is for operators' endpoints, and for them alone")
 	}
 }

@@ -20,15 +20,23 @@ type transport struct {
 	base   *http.Transport
 	stall  time.Duration
 	tigris bool
+	quiet  bool
 }
 
-func newTransport(t Timeouts, tigris bool) *transport {
+func newTransport(c Config, tigris bool) *transport {
+	t := c.Timeouts
 	dialer := net.Dialer{Timeout: t.Dial, KeepAlive: 15 * time.Second}
+	proxy := http.ProxyFromEnvironment
+	if c.PublicOnly {
+		dialer.Control = publicOnly
+		proxy = nil
+	}
 	return &transport{
 		stall:  t.Stall,
 		tigris: tigris,
+		quiet:  c.Quiet,
 		base: &http.Transport{
-			Proxy: http.ProxyFromEnvironment,
+			Proxy: proxy,
 			DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
 				c, err := dialer.DialContext(ctx, network, addr)
 				if err != nil {
@@ -83,7 +91,7 @@ func (t *transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	if resp.StatusCode >= 300 || req.Method != http.MethodGet || asked(req) {
 		resp.Body = &boundedBody{ReadCloser: resp.Body}
 	}
-	if err := checkS3(req, resp); err != nil {
+	if err := checkS3(req, resp, t.quiet); err != nil {
 		resp.Body.Close()
 		return nil, err
 	}
@@ -159,10 +167,13 @@ type notS3Error struct {
 	status   int
 	location string
 	text     string
+	quiet    bool
 }
 
 func (e *notS3Error) Error() string {
 	switch {
+	case e.quiet:
+		return fmt.Sprintf("it is no S3 server, or something in front of it answers (status %d)", e.status)
 	case e.location != "":
 		return "it is no S3 server: it sends one to " + e.location
 	case strings.Contains(strings.ToLower(e.text), "http request to an https server"):
@@ -176,12 +187,17 @@ var roots = []string{"<Error", "ListBucketResult", "LocationConstraint", "Delete
 
 // checkS3 returns notS3Error for an answer that no S3 server gives: an error, or a
 // list, that is not XML. Failures of a proxy in front of a server that is down
-// are left to their status.
-func checkS3(req *http.Request, resp *http.Response) error {
+// are left to their status, which is all that quiet leaves of them.
+func checkS3(req *http.Request, resp *http.Response, quiet bool) error {
 	list := asked(req)
+	failed := false
 	switch s := resp.StatusCode; {
 	case s >= 500, s == http.StatusRequestTimeout, s == http.StatusTooManyRequests:
-		return nil
+		if !quiet {
+			return nil
+		}
+		failed = true
+		resp.Status = fmt.Sprintf("%d %s", s, http.StatusText(s))
 	case s < 300 && !list, req.Method == http.MethodHead:
 		return nil
 	}
@@ -199,6 +215,11 @@ func checkS3(req *http.Request, resp *http.Response) error {
 		}{r, resp.Body}
 		return nil
 	}
+	if failed { // minio would make the text a part of its error
+		foreign := resp.Body
+		resp.Body, resp.ContentLength = http.NoBody, 0
+		return foreign.Close()
+	}
 	const enough = 80
 	if len(text) > enough {
 		text = text[:enough]
@@ -206,6 +227,9 @@ func checkS3(req *http.Request, resp *http.Response) error {
 	e := &notS3Error{status: resp.StatusCode, text: string(text)}
 	if resp.StatusCode/100 == 3 {
 		e.location = resp.Header.Get("Location")
+	}
+	if quiet {
+		e = &notS3Error{status: resp.StatusCode, quiet: true}
 	}
 	return e
 }

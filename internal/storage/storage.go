@@ -40,6 +40,33 @@ type Config struct {
 	TigrisFSArgs    string `json:"tigrisfs_args,omitempty"`
 	// EncryptionKey of checkpoints: 32 bytes, or nil for none.
 	EncryptionKey []byte `json:"encryption_key,omitempty"`
+
+	// Own: a user named it, so that it may lead anywhere. What answers there without
+	// being an S3 server is not told, and with PublicOnly nothing but the public
+	// internet is connected to.
+	Own        bool `json:"-"`
+	PublicOnly bool `json:"-"`
+}
+
+// OwnPolicy says what object storage of their own sessions may bring.
+type OwnPolicy string
+
+// The policies. The zero value is OwnPublic.
+const (
+	OwnDeny   OwnPolicy = "deny"   // none
+	OwnPublic OwnPolicy = "public" // at addresses of the public internet
+	OwnAny    OwnPolicy = "any"    // all that server and nodes can reach
+)
+
+// ParseOwnPolicy returns ErrInvalid for what is none.
+func ParseOwnPolicy(s string) (OwnPolicy, error) {
+	switch p := OwnPolicy(s); p {
+	case OwnDeny, OwnPublic, OwnAny:
+		return p, nil
+	case "":
+		return OwnPublic, nil
+	}
+	return "", fmt.Errorf("%w: %q: it must be %s, %s or %s", ErrInvalid, s, OwnDeny, OwnPublic, OwnAny)
 }
 
 const (
@@ -233,7 +260,7 @@ func validateBucket(s string) error {
 func (c Config) ObjStore() objstore.Config {
 	return objstore.Config{
 		Endpoint: c.Endpoint, Bucket: c.Bucket, AccessKeyID: c.AccessKeyID, SecretAccessKey: c.SecretAccessKey,
-		Region: c.Region, PathStyle: c.PathStyle,
+		Region: c.Region, PathStyle: c.PathStyle, Quiet: c.Own, PublicOnly: c.PublicOnly,
 	}
 }
 

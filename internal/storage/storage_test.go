@@ -20,6 +20,19 @@ import (
 	"github.com/cloudcode-dev/cloudcode/internal/storage"
 )
 
+func TestParseOwnPolicy(t *testing.T) {
+	for in, want := range map[string]storage.OwnPolicy{"": storage.OwnPublic, "public": storage.OwnPublic, "deny": storage.OwnDeny, "any": storage.OwnAny} {
+		if got, err := storage.ParseOwnPolicy(in); got != want || err != nil {
+			t.Errorf("%q: %q, %v", in, got, err)
+		}
+	}
+	for _, bad := range []string{"Public", "all", " any"} {
+		if _, err := storage.ParseOwnPolicy(bad); !errors.Is(err, storage.ErrInvalid) || !strings.Contains(err.Error(), "deny, public or any") {
+			t.Errorf("%q: %v", bad, err)
+		}
+	}
+}
+
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 var fullEnv = map[string]string{

@@ -13,6 +13,8 @@ import (
 	"io/fs"
 	"os"
 	"path"
+	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -73,7 +75,7 @@ func (t Tree) meta(err error) error {
 // Size returns about how many bytes Write will write.
 func (t Tree) Size(ctx context.Context, rel string) (int64, error) {
 	var size int64
-	err := t.walk(ctx, rel, func(_ string, fi fs.FileInfo) error {
+	err := t.walk(ctx, rel, func(_ *os.Root, _, _ string, fi fs.FileInfo) error {
 		size += 1024
 		if fi.Mode().IsRegular() {
 			size += fi.Size() + 256
@@ -83,37 +85,102 @@ func (t Tree) Size(ctx context.Context, rel string) (int64, error) {
 	return size, err
 }
 
-// walk calls fn for a file or folder and all below it, folders first. What goes
-// away meanwhile is left out.
-func (t Tree) walk(ctx context.Context, rel string, fn func(rel string, fi fs.FileInfo) error) error {
-	if _, err := t.Root.Lstat(rel); err != nil {
+// maxPath is the longest path that is read, in bytes: no program could use more. What
+// lies deeper is left out.
+const maxPath = unix.PathMax
+
+// walk calls fn for a file or folder and all below it, folders first, with the
+// folder that it is in and its name there. What goes away meanwhile, or becomes
+// something else, is left out.
+func (t Tree) walk(ctx context.Context, rel string, fn walkFunc) error {
+	fi, err := t.Root.Lstat(rel)
+	if err != nil {
 		return notFound(rel, err)
 	}
-	return fs.WalkDir(t.Root.FS(), rel, func(p string, d fs.DirEntry, err error) error {
-		if ctx.Err() != nil {
-			return ctx.Err()
+	w := walker{Tree: t, ctx: ctx, all: rel == ".", fn: fn}
+	return w.visit(t.Root, rel, rel, fi)
+}
+
+type walkFunc func(dir *os.Root, name, rel string, fi fs.FileInfo) error
+
+type walker struct {
+	Tree
+	ctx context.Context
+	all bool
+	fn  walkFunc
+}
+
+func (w *walker) visit(dir *os.Root, name, rel string, fi fs.FileInfo) error {
+	if err := w.ctx.Err(); err != nil {
+		return err
+	}
+	if w.all && w.Skip != nil && w.Skip(rel, fi.IsDir()) {
+		return nil
+	}
+	if err := w.fn(dir, name, rel, fi); err != nil || !fi.IsDir() {
+		return err
+	}
+	here, names, err := open(dir, name, fi)
+	if err != nil || here == nil {
+		return err
+	}
+	defer here.Close()
+	for _, n := range names {
+		p := n
+		if rel != "." {
+			p = rel + "/" + n
 		}
+		if len(p) > maxPath {
+			continue
+		}
+		fi, err := here.Lstat(n)
 		if errors.Is(err, fs.ErrNotExist) {
-			return nil
+			continue
 		}
 		if err != nil {
 			return err
 		}
-		if rel == "." && t.Skip != nil && t.Skip(p, d.IsDir()) {
-			if d.IsDir() {
-				return fs.SkipDir
-			}
-			return nil
-		}
-		fi, err := t.Root.Lstat(p)
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil
-		}
-		if err != nil {
+		if err := w.visit(here, n, p, fi); err != nil {
 			return err
 		}
-		return fn(p, fi)
-	})
+	}
+	return nil
+}
+
+// open returns the folder that fi is of and the names in it, sorted; nil if it is no
+// longer there. Each level is opened from the one above it: by paths, deep folders
+// would take the square of their depth.
+func open(dir *os.Root, name string, fi fs.FileInfo) (*os.Root, []string, error) {
+	f, err := openDir(dir, name)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) {
+		return nil, nil, nil
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	defer f.Close()
+	// A link in its place is followed, within dir: into a circle, perhaps.
+	if is, err := f.Stat(); err != nil || !os.SameFile(fi, is) {
+		return nil, nil, err
+	}
+	names, err := f.Readdirnames(-1)
+	if err != nil {
+		return nil, nil, err
+	}
+	slices.Sort(names)
+	here, err := rootOf(f)
+	return here, names, err
+}
+
+// openDir opens a folder and nothing else: os.Root's own ways to do so open
+// whatever is there, and wait for ever where the session has put a FIFO.
+func openDir(root *os.Root, name string) (*os.File, error) {
+	return root.OpenFile(name, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
+}
+
+// rootOf is a folder that is open.
+func rootOf(dir *os.File) (*os.Root, error) {
+	return os.OpenRoot("/proc/self/fd/" + strconv.Itoa(int(dir.Fd())))
 }
 
 func notFound(rel string, err error) error {
@@ -129,7 +196,7 @@ func (t Tree) Write(ctx context.Context, rel string, w io.Writer) error {
 	out := tar.NewWriter(w)
 	links := map[[2]uint64]string{}
 	base := path.Dir(rel)
-	err := t.walk(ctx, rel, func(p string, fi fs.FileInfo) error {
+	err := t.walk(ctx, rel, func(dir *os.Root, in, p string, fi fs.FileInfo) error {
 		name := p
 		if base != "." {
 			name = strings.TrimPrefix(p, base+"/")
@@ -137,7 +204,7 @@ func (t Tree) Write(ctx context.Context, rel string, w io.Writer) error {
 		if name == "." {
 			return nil
 		}
-		return t.writeOne(out, p, name, fi, links)
+		return t.writeOne(out, dir, in, name, fi, links)
 	})
 	if err != nil {
 		return err
@@ -145,12 +212,13 @@ func (t Tree) Write(ctx context.Context, rel string, w io.Writer) error {
 	return out.Close()
 }
 
-func (t Tree) writeOne(out *tar.Writer, p, name string, fi fs.FileInfo, links map[[2]uint64]string) error {
+// writeOne writes what is called in in dir, under a name.
+func (t Tree) writeOne(out *tar.Writer, dir *os.Root, in, name string, fi fs.FileInfo, links map[[2]uint64]string) error {
 	target := ""
 	var file *os.File
 	switch mode := fi.Mode(); {
 	case mode.IsRegular():
-		f, err := t.Root.OpenFile(p, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
+		f, err := dir.OpenFile(in, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
 		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ELOOP) || errors.Is(err, unix.ENXIO) {
 			return nil // gone, or something else by now
 		}
@@ -167,7 +235,7 @@ func (t Tree) writeOne(out *tar.Writer, p, name string, fi fs.FileInfo, links ma
 		file = f
 	case mode&fs.ModeSymlink != 0:
 		var err error
-		if target, err = t.Root.Readlink(p); err != nil {
+		if target, err = dir.Readlink(in); err != nil {
 			return nil //nolint:nilerr // gone, or no link by now
 		}
 	case mode.IsDir(), mode&fs.ModeNamedPipe != 0:

@@ -32,9 +32,14 @@ func (t Tree) Extract(ctx context.Context, rel string, r io.Reader) (files, byte
 	if err := t.makeAll(rel); err != nil {
 		return 0, 0, err
 	}
-	dir, err := t.Root.OpenRoot(rel)
+	f, err := openDir(t.Root, rel)
 	if err != nil {
 		return 0, 0, fmt.Errorf("%w: %s is no folder: %w", ErrInvalid, rel, err)
+	}
+	defer f.Close()
+	dir, err := rootOf(f)
+	if err != nil {
+		return 0, 0, err
 	}
 	defer dir.Close()
 	sub := Tree{Root: dir, IDBase: t.IDBase, Loose: t.Loose}
@@ -72,7 +77,7 @@ func (t Tree) Extract(ctx context.Context, rel string, r io.Reader) (files, byte
 			}
 			dirs = append(dirs, stamped{name, h})
 			continue
-		case tar.TypeReg, tar.TypeRegA: //nolint:staticcheck // old archives have it
+		case tar.TypeReg, 0: // old archives have the latter
 			n, err := sub.file(name, h, in)
 			bytes += n
 			if err != nil {
@@ -153,7 +158,7 @@ func (t Tree) pipe(name string, h *tar.Header) error {
 	if err := t.replace(name); err != nil {
 		return err
 	}
-	dir, err := t.Root.Open(path.Dir(name))
+	dir, err := openDir(t.Root, path.Dir(name))
 	if err != nil {
 		return err
 	}

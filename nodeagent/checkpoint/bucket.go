@@ -46,6 +46,7 @@ func (s *Session) mountSpec() mount.Spec {
 		Endpoint: st.GetEndpoint(), Bucket: st.GetBucket(), AccessKeyID: st.GetAccessKeyId(), SecretAccessKey: st.GetSecretAccessKey(),
 		Region: st.GetRegion(), PathStyle: st.GetPathStyle(), Prefix: storage.Join(st.GetRoot(), st.GetPrefix()),
 		Args: args, UID: v.IDBase, GID: v.IDBase, LogPath: filepath.Join(v.StateDir, "mounter.log"),
+		CacheDir: filepath.Join(filepath.Dir(v.S3Dir), "mountcache"), PublicOnly: st.GetPublicOnly(),
 	}
 }
 

@@ -253,6 +253,7 @@ func StorageConfig(st *nodev1.AssignedStorage) storage.Config {
 	return storage.Config{
 		Endpoint: st.GetEndpoint(), Bucket: st.GetBucket(), AccessKeyID: st.GetAccessKeyId(), SecretAccessKey: st.GetSecretAccessKey(),
 		Region: st.GetRegion(), PathStyle: st.GetPathStyle(), Root: st.GetRoot(), TigrisFSArgs: st.GetTigrisfsArgs(), EncryptionKey: st.GetEncryptionKey(),
+		Own: st.GetOwn(), PublicOnly: st.GetPublicOnly(),
 	}
 }
 

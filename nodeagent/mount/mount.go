@@ -33,6 +33,13 @@ type Spec struct {
 	Args                                                   string // further arguments of this mounter
 	UID, GID                                               uint32 // that everything belongs to on the host
 	LogPath                                                string // what the mounter prints goes here
+	// CacheDir is an absolute folder that nobody but the machine's root can reach, for
+	// files that the mounter has not written yet: on a disk that the session may fill.
+	// Made if missing and removed with the mount; empty: one in the mounter's own folder.
+	CacheDir string
+	// PublicOnly: the endpoint must not lead to what this machine alone can reach. No
+	// mounter can promise that, as they look up names by themselves: it is ErrInvalid.
+	PublicOnly bool
 }
 
 // Mounter mounts. All methods are safe for concurrent use; calls for one id are

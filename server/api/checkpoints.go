@@ -3,6 +3,7 @@ package api
 import (
 	"context"
 	"fmt"
+	"strings"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -43,7 +44,34 @@ func (s *Sessions) saveNow(ctx context.Context, sess *fleet.Session, trigger str
 	if err != nil {
 		return nil, nodeError(sess.ID, node, err)
 	}
-	return resp.GetCheckpoint(), nil
+	return saved(resp.GetCheckpoint(), node), nil
+}
+
+const (
+	maxSaid  = 4 << 10 // of a text
+	maxNotes = 100
+)
+
+// saved is a checkpoint as a node tells of it, of which users are shown what there
+// is a field for, and so much of it.
+func saved(told *cloudcodev1.Checkpoint, node string) *cloudcodev1.Checkpoint {
+	c := protoconv.CheckpointFromProto(told)
+	if c == nil {
+		return nil
+	}
+	c.ID, c.Trigger, c.OpenCodeVersion, c.Node = clip(c.ID), clip(c.Trigger), clip(c.OpenCodeVersion), node
+	c.Notes = c.Notes[:min(len(c.Notes), maxNotes)]
+	for i, n := range c.Notes {
+		c.Notes[i] = clip(n)
+	}
+	return protoconv.Checkpoint(c)
+}
+
+func clip(s string) string {
+	if len(s) <= maxSaid {
+		return s
+	}
+	return strings.ToValidUTF8(s[:maxSaid], "") + "…"
 }
 
 // nodeError passes on what a node says, with the node's name.

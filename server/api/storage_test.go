@@ -20,8 +20,10 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/test/bufconn"
 	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/fieldmaskpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/cloudcode-dev/cloudcode/internal/checkpoint"
 	"github.com/cloudcode-dev/cloudcode/internal/grpcerr"
@@ -446,6 +448,19 @@ func TestCheckpointNow(t *testing.T) {
 	}
 	if got, err := now("a"); err != nil || got.GetId() != "a-manual" {
 		t.Errorf("%v, %v", got, err)
+	}
+	// A node that has been taken over tells what it likes.
+	long := strings.Repeat("é", 8<<10)
+	f.node.checkpoint = func(*nodev1.CheckpointRequest) (*nodev1.CheckpointResponse, error) {
+		c := &cloudcodev1.Checkpoint{
+			Id: long, Trigger: long, OpencodeVersion: long, Node: "nodes/another", CreateTime: timestamppb.Now(), Files: 3, Notes: slices.Repeat([]string{long}, 150),
+		}
+		c.ProtoReflect().SetUnknown(protowire.AppendString(protowire.AppendTag(nil, 999, protowire.BytesType), long))
+		return &nodev1.CheckpointResponse{Checkpoint: c}, nil
+	}
+	got, err := now("a")
+	if err != nil || proto.Size(got) > 500<<10 || len(got.GetNotes()) != 100 || got.GetNode() == "nodes/another" || got.GetFiles() != 3 || !got.GetCreateTime().IsValid() {
+		t.Errorf("%d bytes, %d notes, node %q, %v", proto.Size(got), len(got.GetNotes()), got.GetNode(), err)
 	}
 	f.node.checkpoint = func(*nodev1.CheckpointRequest) (*nodev1.CheckpointResponse, error) {
 		return nil, grpcerr.New(codes.Unavailable, "STORAGE_UNREACHABLE", "no answer")

@@ -1,6 +1,7 @@
 package fleet
 
 import (
+	"log/slog"
 	"path"
 	"slices"
 	"time"
@@ -49,6 +50,15 @@ type S3 struct {
 	Prefix          string `json:"prefix,omitempty"`
 	TigrisFSArgs    string `json:"tigrisfs_args,omitempty"`
 }
+
+// String tells which object store it is, without the secret key.
+func (s S3) String() string { return "s3://" + path.Join(s.Bucket, s.Prefix) + " at " + s.Endpoint }
+
+// GoString is for %#v, and for what S3 is a part of.
+func (s S3) GoString() string { return "fleet.S3{" + s.String() + "}" }
+
+// LogValue shows what String does: logs would take it apart.
+func (s S3) LogValue() slog.Value { return slog.StringValue(s.String()) }
 
 // Remote says whether the session is kept in object storage, so that it survives
 // its node.

@@ -28,6 +28,7 @@ const (
 	ReasonTaken         = "STORAGE_TAKEN"
 	ReasonLocal         = "STORAGE_LOCAL"
 	ReasonNoProfile     = "STORAGE_PROFILE_NOT_FOUND"
+	ReasonNotAllowed    = "STORAGE_ENDPOINT_NOT_ALLOWED"
 	ReasonNoCheckpoint  = "CHECKPOINT_NOT_FOUND"
 	ReasonDamaged       = "CHECKPOINT_DAMAGED"
 )
@@ -43,6 +44,7 @@ var classes = []struct {
 	{objstore.ErrNoBucket, codes.FailedPrecondition, ReasonNoBucket},
 	{objstore.ErrRegion, codes.FailedPrecondition, ReasonWrongRegion},
 	{objstore.ErrUnsupported, codes.FailedPrecondition, ReasonUnsupported},
+	{objstore.ErrNotAllowed, codes.FailedPrecondition, ReasonNotAllowed},
 	{objstore.ErrUnavailable, codes.Unavailable, ReasonUnreachable},
 	{checkpoint.ErrNotFound, codes.NotFound, ReasonNoCheckpoint},
 	{checkpoint.ErrDamaged, codes.FailedPrecondition, ReasonDamaged},

@@ -46,7 +46,7 @@ func TestRealWords(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := New(Config{Store: db, Profiles: profiles, Logger: slog.New(slog.DiscardHandler)})
+	s := New(Config{Store: db, Profiles: profiles, Own: conf.OwnAny, Logger: slog.New(slog.DiscardHandler)})
 	t.Cleanup(func() { // after the parallel parts
 		_ = s.Close()
 		_ = db.Close()
@@ -56,6 +56,13 @@ func TestRealWords(t *testing.T) {
 	if err != nil || got.Storage.Mode != fleet.ModeSnapshot || got.Storage.Region != "eu-test-1" {
 		t.Errorf("right: %+v, %v", got, err)
 	}
+	// The same store, brought by a session to a server that takes public ones only.
+	strict := New(Config{Store: db, Logger: slog.New(slog.DiscardHandler)})
+	defer strict.Close()
+	_, err = strict.Resolve(t.Context(), "id", protoconv.StorageRequest{S3: &fleet.S3{
+		Endpoint: good.Endpoint, Bucket: good.Bucket, AccessKeyID: good.AccessKeyID, SecretAccessKey: good.SecretAccessKey, PathStyle: true,
+	}})
+	wantErr(t, "own", err, codes.InvalidArgument, ReasonNotAllowed, "session.spec.storage.s3", "127.0.0.1", "--own-storage=any")
 	for name, c := range map[string]struct {
 		code   codes.Code
 		reason string

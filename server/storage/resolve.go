@@ -65,6 +65,9 @@ func (s *Storage) choose(r protoconv.StorageRequest) (c *conf.Config, profile st
 	case r.Mode == fleet.ModeLocal:
 		return nil, "", nil
 	case r.S3 != nil:
+		if s.config.Own == conf.OwnDeny {
+			return nil, "", grpcerr.New(codes.InvalidArgument, ReasonNotAllowed, "session.spec.storage.s3: this server takes no buckets of sessions' own (it is started with --own-storage=%s): leave it out, or name a storage profile", conf.OwnDeny)
+		}
 		o := own(*r.S3)
 		if err := o.Validate(); err != nil {
 			return nil, "", grpcerr.New(codes.InvalidArgument, ReasonIncomplete, "session.spec.storage.s3: %s", err)
@@ -105,7 +108,7 @@ func (s *Storage) Profiles() *conf.Profiles { return s.config.Profiles }
 
 // AutoMode is what AUTO becomes for a new folder.
 func AutoMode(c conf.Config) fleet.StorageMode {
-	if conf.IsTigris(c.Endpoint) {
+	if conf.IsTigris(c.Endpoint) && !c.PublicOnly {
 		return fleet.ModeMount
 	}
 	return fleet.ModeSnapshot
@@ -134,8 +137,20 @@ func (s *Storage) resolveIn(ctx context.Context, c conf.Config, st fleet.Storage
 	if err != nil {
 		return Resolved{}, explain(ctx, c, err)
 	}
+	if err := mountable(b.config, out.Storage); err != nil {
+		return Resolved{}, err
+	}
 	out.Storage.Region = region
 	return out, nil
+}
+
+// mountable refuses to mount what may lead anywhere: a mounter looks names up by
+// itself, and what it connects to the session's processes can read as files.
+func mountable(c conf.Config, st fleet.Storage) error {
+	if !c.PublicOnly || st.Mode != fleet.ModeMount {
+		return nil
+	}
+	return grpcerr.New(codes.FailedPrecondition, ReasonNotAllowed, "%s is a bucket of the session's own and would have to be mounted, which this server does not allow: take mode %s and another prefix, or start the server with --own-storage=%s", st.URI(), fleet.ModeSnapshot, conf.OwnAny)
 }
 
 // inspect looks into the session's folder. What has checkpoints goes on in the

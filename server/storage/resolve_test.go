@@ -1,6 +1,7 @@
 package storage
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"sync"
@@ -229,6 +230,77 @@ func TestInUse(t *testing.T) {
 	f.put(one)
 	err := f.store.View(t.Context(), func(tx store.ReadTx) error { return InUse(tx, one.Spec.Storage) })
 	wantErr(t, "deleted", err, codes.FailedPrecondition, ReasonPrefixInUse, "still being deleted")
+}
+
+// Buckets of sessions' own lead where their users want: not to what only server and
+// nodes can reach, unless that is meant.
+func TestOwnPolicy(t *testing.T) {
+	ctx := t.Context()
+	own := &fleet.S3{Endpoint: "https://s3.example.com", Bucket: "main", AccessKeyID: "k", SecretAccessKey: "hunter2"}
+	tigris := &fleet.S3{Endpoint: "https://fly.storage.tigris.dev", Bucket: "ttt", AccessKeyID: "k", SecretAccessKey: "hunter2"}
+	for policy, c := range map[conf.OwnPolicy]struct{ public, refused bool }{
+		"": {public: true}, conf.OwnPublic: {public: true}, conf.OwnAny: {}, conf.OwnDeny: {public: true, refused: true},
+	} {
+		f := newFixture(t, t.TempDir(), map[string]conf.Config{"default": profile("main", "")})
+		var opened []conf.Config
+		open := f.config.Open
+		f.Storage = New(Config{Store: f.store, Profiles: f.config.Profiles, Own: policy, Check: f.config.Check, Open: func(c conf.Config) (objstore.Store, error) {
+			opened = append(opened, c)
+			return open(c)
+		}})
+		if err := errors.Join(put(ctx, f.buckets.get("main"), "old/workspace/x"), put(ctx, f.buckets.get("main"), "other")); err != nil {
+			t.Fatal(err)
+		}
+		resolve := func(r protoconv.StorageRequest) (fleet.Storage, error) {
+			got, err := f.Resolve(ctx, "id", r)
+			return got.Storage, err
+		}
+		if _, err := resolve(protoconv.StorageRequest{Mode: fleet.ModeMount}); err != nil || len(opened) != 1 || opened[0].PublicOnly || opened[0].Own {
+			t.Errorf("%q: the operator's is restricted: %+v, %v", policy, opened, err)
+		}
+		st, err := resolve(protoconv.StorageRequest{S3: own})
+		if c.refused {
+			wantErr(t, string(policy), err, codes.InvalidArgument, ReasonNotAllowed, "--own-storage")
+		} else if err != nil || len(opened) != 2 || !opened[1].Own || opened[1].PublicOnly != c.public {
+			t.Errorf("%q: %+v, %v", policy, opened, err)
+		}
+		// Those that are there go on.
+		st = fleet.Storage{Mode: fleet.ModeSnapshot, Prefix: "id", Endpoint: own.Endpoint, Bucket: own.Bucket, S3: own}
+		if a := f.Assigned(st); !a.GetOwn() || a.GetPublicOnly() != c.public || a.GetSecretAccessKey() == "" {
+			t.Errorf("%q: assigned %v", policy, a)
+		}
+		st.S3, st.Profile = nil, "default"
+		if a := f.Assigned(st); a.GetOwn() || a.GetPublicOnly() {
+			t.Errorf("%q: of the operator, assigned %v", policy, a)
+		}
+		if c.refused {
+			continue
+		}
+		// A mounter cannot be watched: what is restricted is not mounted.
+		for name, r := range map[string]protoconv.StorageRequest{
+			"asked for":       {S3: own, Mode: fleet.ModeMount},
+			"of the original": {S3: own, Prefix: ptr("old")},
+		} {
+			st, err := resolve(r)
+			if c.public {
+				wantErr(t, name, err, codes.InvalidArgument, ReasonNotAllowed, "session.spec.storage.s3", "SNAPSHOT", "--own-storage=any")
+			} else if err != nil || st.Mode != fleet.ModeMount {
+				t.Errorf("%s: %+v, %v", name, st, err)
+			}
+		}
+		want := fleet.ModeMount
+		if c.public {
+			want = fleet.ModeSnapshot
+		}
+		if st, err := resolve(protoconv.StorageRequest{S3: tigris}); err != nil || st.Mode != want {
+			t.Errorf("%q: on Tigris: %+v, %v", policy, st, err)
+		}
+	}
+}
+
+func put(ctx context.Context, s objstore.Store, key string) error {
+	_, err := s.Put(ctx, key, nil, objstore.PutOptions{})
+	return err
 }
 
 func TestAssigned(t *testing.T) {

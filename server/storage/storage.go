@@ -40,7 +40,10 @@ const (
 type Config struct {
 	Store    store.Store
 	Profiles *conf.Profiles // nil: there are none
-	Logger   *slog.Logger
+	// Own says what buckets sessions may bring; empty: public ones. Those that have one
+	// keep it, as if it were OwnPublic, when it becomes OwnDeny.
+	Own    conf.OwnPolicy
+	Logger *slog.Logger
 
 	// Open and Check stand in for the object store in tests; nil: the real ones. Check
 	// also returns the region.
@@ -63,6 +66,9 @@ type Storage struct {
 func New(c Config) *Storage {
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	if c.Own == "" {
+		c.Own = conf.OwnPublic
 	}
 	if c.Open == nil {
 		c.Open = conf.Open
@@ -103,11 +109,11 @@ func (s *Storage) Run(ctx context.Context) error {
 // bucketKey is what makes two configurations the same.
 type bucketKey struct {
 	endpoint, bucket, id, secret, region, root, key string
-	pathStyle                                       bool
+	pathStyle, own                                  bool
 }
 
 func keyOf(c conf.Config) bucketKey {
-	return bucketKey{c.Endpoint, c.Bucket, c.AccessKeyID, c.SecretAccessKey, c.Region, c.Root, string(c.EncryptionKey), c.PathStyle}
+	return bucketKey{c.Endpoint, c.Bucket, c.AccessKeyID, c.SecretAccessKey, c.Region, c.Root, string(c.EncryptionKey), c.PathStyle, c.Own}
 }
 
 // bucket is one open root.
@@ -124,6 +130,7 @@ type bucket struct {
 
 // openBucket returns the root of a configuration. It asks for nothing yet.
 func (s *Storage) openBucket(c conf.Config) (*bucket, error) {
+	c = s.restrict(c)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.uses++
@@ -234,9 +241,16 @@ func (s *Storage) of(st fleet.Storage) (conf.Config, error) {
 // own is the object storage of a session's own. Its checkpoints are not encrypted.
 func own(o fleet.S3) conf.Config {
 	return conf.Config{
+		Own:      true,
 		Endpoint: o.Endpoint, Bucket: o.Bucket, AccessKeyID: o.AccessKeyID, SecretAccessKey: o.SecretAccessKey,
 		Region: o.Region, PathStyle: o.PathStyle, Root: o.Prefix, TigrisFSArgs: o.TigrisFSArgs,
 	}
+}
+
+// restrict says what a bucket of a session's own may lead to.
+func (s *Storage) restrict(c conf.Config) conf.Config {
+	c.PublicOnly = c.Own && s.config.Own != conf.OwnAny
+	return c
 }
 
 // Session returns the checkpoints of a session.
@@ -263,6 +277,8 @@ func (s *Storage) Assigned(st fleet.Storage) *nodev1.AssignedStorage {
 	out.Endpoint, out.Bucket, out.AccessKeyId, out.SecretAccessKey = c.Endpoint, c.Bucket, c.AccessKeyID, c.SecretAccessKey
 	out.Region, out.PathStyle, out.Root = region(c.Region, st.Region), c.PathStyle, c.Root
 	out.TigrisfsArgs, out.EncryptionKey = c.TigrisFSArgs, c.EncryptionKey
+	c = s.restrict(c)
+	out.Own, out.PublicOnly = c.Own, c.PublicOnly
 	return out
 }
 

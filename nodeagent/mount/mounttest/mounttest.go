@@ -33,8 +33,8 @@ type Suite struct {
 	// OpenFiles: Sync writes what is in files that are open.
 	OpenFiles bool
 	// KeptUnwritten says, for a Remounter that keeps unwritten files on disk, whether
-	// one is there in a mount's state folder; nil if there is none.
-	KeptUnwritten func(dir, name string) error
+	// one is there in a mount's cache; nil if there is none.
+	KeptUnwritten func(cache, name string) error
 	// Recovers is how long it may take to upload again after an outage.
 	Recovers time.Duration
 }
@@ -115,6 +115,7 @@ func newEnv(t *testing.T, s Suite, s3 *s3test.Server) *env {
 		ID: "session-1", Point: filepath.Join(t.TempDir(), "mnt"), LogPath: filepath.Join(t.TempDir(), "log", "mounter.log"),
 		Endpoint: e.cfg.Endpoint, Bucket: name, Prefix: "root/session-1", Region: e.cfg.Region, PathStyle: true,
 		AccessKeyID: e.cfg.AccessKeyID, SecretAccessKey: e.cfg.SecretAccessKey, UID: testUID, GID: testGID,
+		CacheDir: filepath.Join(t.TempDir(), "cache"),
 	}
 	e.m, e.close = s.New(t, e.dir)
 	t.Cleanup(func() {
@@ -130,6 +131,9 @@ func newEnv(t *testing.T, s Suite, s3 *s3test.Server) *env {
 		e.close()
 		if left, _ := os.ReadDir(e.dir); len(left) != 0 {
 			t.Errorf("left in the state folder: %v", left)
+		}
+		if _, err := os.Lstat(e.spec.CacheDir); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("the cache is left: %v", err)
 		}
 		e.eventually("all mounts and processes are gone", func() error {
 			if left := append(points(t), e.processes()...); len(left) > 0 {

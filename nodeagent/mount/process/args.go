@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -59,6 +60,20 @@ type Flags struct {
 	Switches []string // take no value, or =true, =false
 	Values   []string // take one
 	Prefixes []string // families of Values
+	// Bounds are of Values that are numbers. What is beyond is brought to the bound: it is
+	// this machine's memory that they are taken from.
+	Bounds map[string]Bound
+}
+
+// Bound of a number.
+type Bound struct{ Min, Max int64 }
+
+func (b Bound) of(name, value string) (string, error) {
+	n, err := strconv.ParseInt(value, 10, 64)
+	if err != nil && !errors.Is(err, strconv.ErrRange) { // out of range n is the nearest
+		return "", fmt.Errorf("--%s needs a number", name)
+	}
+	return strconv.FormatInt(min(max(n, b.Min), b.Max), 10), nil
 }
 
 // Check splits a command line and returns its flags as --name or --name=value, so
@@ -89,6 +104,11 @@ func (f Flags) Check(line string) ([]string, error) {
 			}
 		default:
 			return nil, fmt.Errorf("--%s is not among the flags that may be set", name)
+		}
+		if b, ok := f.Bounds[name]; ok {
+			if value, err = b.of(name, value); err != nil {
+				return nil, err
+			}
 		}
 		arg = "--" + name
 		if has {

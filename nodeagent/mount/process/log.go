@@ -2,11 +2,14 @@ package process
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/cloudcode-dev/cloudcode/nodeagent/mount"
 )
@@ -35,6 +38,19 @@ func (m *Mounter) rotate(path string) error {
 	}
 	_, err = io.Copy(old, io.LimitReader(f, m.cfg.LogBytes))
 	return errors.Join(err, old.Close(), os.Truncate(path, 0))
+}
+
+// boundLog has the kernel bound the log of a program that has not started yet.
+func (m *Mounter) boundLog(pid int) error {
+	b, ok := m.Driver.(LogBounder)
+	if !ok {
+		return nil
+	}
+	n := uint64(b.MaxLogBytes())
+	if err := unix.Prlimit(pid, unix.RLIMIT_FSIZE, &unix.Rlimit{Cur: n, Max: n}, nil); err != nil {
+		return fmt.Errorf("bounding its log: %w", err)
+	}
+	return nil
 }
 
 func size(path string) int64 {

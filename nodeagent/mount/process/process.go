@@ -55,6 +55,11 @@ type Driver interface {
 	Words(line string) string
 }
 
+// LogBounder is a Driver whose program writes to no file but its log. The kernel
+// keeps that below the bound then, also while no daemon is there to rotate it; what is
+// printed beyond is lost.
+type LogBounder interface{ MaxLogBytes() int64 }
+
 // Region that a mounter is to sign with, "" for the one that it takes by itself.
 func Region(s mount.Spec) string {
 	// "auto" is the name of a region with Tigris and R2 only.
@@ -69,6 +74,7 @@ func Region(s mount.Spec) string {
 type Mounted struct {
 	ID, Point, Dir, Log string
 	Endpoint            string // of the object store
+	Cache               string // Spec.CacheDir
 	m                   *Mounter
 }
 
@@ -235,7 +241,9 @@ func (m *Mounter) mount(ctx context.Context, s mount.Spec, keep bool) error {
 		}
 	}
 	if !keep {
-		if err := m.forget(s.ID); err != nil {
+		// The cache by its own name too: its disk may not have been there when the mount
+		// that filled it was given up.
+		if err := errors.Join(m.forget(s.ID), removeCache(s.CacheDir)); err != nil {
 			return err
 		}
 	}
@@ -244,7 +252,7 @@ func (m *Mounter) mount(ctx context.Context, s mount.Spec, keep bool) error {
 	}
 	err = m.start(ctx, program, s)
 	if err != nil && !keep {
-		err = errors.Join(err, m.forget(s.ID))
+		err = errors.Join(err, m.forget(s.ID), removeCache(s.CacheDir))
 	}
 	return err
 }
@@ -297,6 +305,11 @@ func (m *Mounter) start(ctx context.Context, program string, s mount.Spec) (err 
 	dir := m.folder(s.ID)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
+	}
+	if s.CacheDir != "" {
+		if err := os.Mkdir(s.CacheDir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+			return fmt.Errorf("%w: %w", mount.ErrFailed, err)
+		}
 	}
 	args, env, err := m.Command(s, dir)
 	if err != nil {
@@ -401,7 +414,11 @@ func (m *Mounter) spawn(st *state, program string, args, env []string) (*proc, e
 		if err != nil {
 			return nil, err
 		}
-		if err := m.save(st); err != nil {
+		err = m.boundLog(st.PID)
+		if err == nil {
+			err = m.save(st)
+		}
+		if err != nil {
 			p.close()
 			return nil, err
 		}
@@ -469,7 +486,10 @@ func (m *Mounter) waitMounted(ctx context.Context, st *state, p *proc) error {
 }
 
 func (m *Mounter) mounted(st *state) Mounted {
-	return Mounted{ID: st.ID, Point: st.Point, Dir: m.folder(st.ID), Log: st.Log, Endpoint: st.Where.Endpoint, m: m}
+	return Mounted{
+		ID: st.ID, Point: st.Point, Dir: m.folder(st.ID), Log: st.Log,
+		Endpoint: st.Where.Endpoint, Cache: st.Where.Cache, m: m,
+	}
 }
 
 // here returns the mount itself, nil if it is gone, and other mounts of the same
@@ -557,6 +577,9 @@ func (m *Mounter) Sync(ctx context.Context, id string) error {
 
 func (m *Mounter) sync(ctx context.Context, st *state) error {
 	err := m.probe(ctx, st)
+	if err == nil {
+		err = m.rotate(st.Log) // drivers may look for what is printed now
+	}
 	if err == nil {
 		err = m.Driver.Sync(ctx, m.mounted(st))
 	}

@@ -211,6 +211,80 @@ func TestFlags(t *testing.T) {
 	}
 }
 
+func TestFlagsAreBounded(t *testing.T) {
+	f := Flags{Values: []string{"n", "m"}, Bounds: map[string]Bound{"n": {Min: 2, Max: 100}}}
+	got, err := f.Check("--n 5 --n=101 --n 99999999999999999999 --n=-1 --n 0 --m 1000")
+	if want := []string{"--n=5", "--n=100", "--n=100", "--n=2", "--n=2", "--m=1000"}; err != nil || !slices.Equal(got, want) {
+		t.Errorf("%q, %v", got, err)
+	}
+	for _, line := range []string{"--n x", "--n=", "--n 1e9", "--n 0x7fffffff", "--n '5 '"} {
+		if got, err := f.Check(line); err == nil {
+			t.Errorf("%q: %q", line, got)
+		}
+	}
+}
+
+// bounded is plain with a log that the kernel bounds.
+type bounded struct{ plain }
+
+func (bounded) MaxLogBytes() int64 { return 64 << 10 }
+
+// Nobody rotates while the program prints as fast as it can.
+func TestKernelBoundsLog(t *testing.T) {
+	_, s := newMounter(t)
+	for name, d := range map[string]Driver{"bounded": bounded{plain{[]string{"-c", "yes | head -c 1000000"}}}, "not": plain{[]string{"-c", "yes | head -c 1000000"}}} {
+		m, err := New(d, Config{Dir: filepath.Join(t.TempDir(), "state"), Program: "sh"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.LogPath = filepath.Join(t.TempDir(), "log")
+		if err := start(m, s); !errors.Is(err, mount.ErrFailed) {
+			t.Errorf("%s: %v", name, err)
+		}
+		m.Close()
+		if n := size(s.LogPath); name == "bounded" && (n == 0 || n > 64<<10) || name == "not" && n != 1000000 {
+			t.Errorf("%s: the log has %d bytes", name, n)
+		}
+	}
+}
+
+// What a cache holds must not be uploaded by another mount than the one that is
+// made anew from it, also where nothing else is known of it any more.
+func TestCacheGoesWithTheMount(t *testing.T) {
+	m, s := newMounter(t, "-c", "exit 1")
+	s.CacheDir = filepath.Join(t.TempDir(), "cache")
+	left := filepath.Join(s.CacheDir, "vfs", "file")
+	fill := func() {
+		t.Helper()
+		if err := errors.Join(os.MkdirAll(filepath.Dir(left), 0o700), os.WriteFile(left, nil, 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	gone := func(when string) {
+		t.Helper()
+		if _, err := os.Lstat(left); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s: %v", when, err)
+		}
+	}
+	fill()
+	if err := m.Mount(t.Context(), s); !errors.Is(err, mount.ErrFailed) {
+		t.Errorf("Mount: %v", err)
+	}
+	gone("another mount")
+	st, err := newState(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.MkdirAll(m.folder("s"), 0o700), m.save(&st)); err != nil {
+		t.Fatal(err)
+	}
+	fill()
+	if err := m.Abandon(t.Context(), "s"); err != nil {
+		t.Errorf("Abandon: %v", err)
+	}
+	gone("abandoned")
+}
+
 func TestLogIsBounded(t *testing.T) {
 	m, s := newMounter(t)
 	f, err := os.OpenFile(s.LogPath, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)

@@ -48,6 +48,7 @@ type where struct {
 	Args      string `json:"args"`
 	UID       uint32 `json:"uid"`
 	GID       uint32 `json:"gid"`
+	Cache     string `json:"cache,omitempty"`
 }
 
 func newState(s mount.Spec) (state, error) {
@@ -65,7 +66,7 @@ func newState(s mount.Spec) (state, error) {
 func whereOf(s mount.Spec) where {
 	return where{
 		Endpoint: s.Endpoint, Bucket: s.Bucket, Prefix: s.Prefix, Region: s.Region,
-		PathStyle: s.PathStyle, Args: s.Args, UID: s.UID, GID: s.GID,
+		PathStyle: s.PathStyle, Args: s.Args, UID: s.UID, GID: s.GID, Cache: s.CacheDir,
 	}
 }
 
@@ -124,11 +125,23 @@ func (m *Mounter) save(st *state) error {
 
 // forget removes the state, and what the mounter kept beside it.
 func (m *Mounter) forget(id string) error {
-	// First: without it the rest means nothing.
+	if st, err := m.load(id); err == nil {
+		if err := removeCache(st.Where.Cache); err != nil {
+			return err
+		}
+	}
+	// Before the rest, which means nothing without it.
 	if err := os.Remove(filepath.Join(m.folder(id), stateFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	return os.RemoveAll(m.folder(id))
+}
+
+func removeCache(dir string) error {
+	if dir == "" {
+		return nil
+	}
+	return mount.RemoveAll(dir)
 }
 
 var idPattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
@@ -141,6 +154,10 @@ func check(s mount.Spec) error {
 		return fmt.Errorf("%w: %s %q", mount.ErrInvalid, what, v)
 	}
 	switch {
+	case s.PublicOnly:
+		return fmt.Errorf("%w: buckets of sessions' own are not mounted, unless the server is started with --own-storage=any", mount.ErrInvalid)
+	case s.CacheDir != "" && (!filepath.IsAbs(s.CacheDir) || filepath.Clean(s.CacheDir) != s.CacheDir || s.CacheDir == "/"):
+		return bad("cache folder", s.CacheDir)
 	case !validID(s.ID):
 		return bad("id", s.ID)
 	case !filepath.IsAbs(s.Point) || filepath.Clean(s.Point) != s.Point || s.Point == "/":

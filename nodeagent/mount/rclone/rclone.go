@@ -87,7 +87,13 @@ func (driver) VersionOf(ctx context.Context, program string) (string, error) {
 // remote is the name of the object store in rclone's configuration.
 const remote = "CLOUDCODE"
 
-func cacheDir(dir string) string { return filepath.Join(dir, "cache") }
+// cacheDir is where files are until they are uploaded.
+func cacheDir(given, dir string) string {
+	if given != "" {
+		return given
+	}
+	return filepath.Join(dir, "cache")
+}
 
 func (driver) Command(s mount.Spec, dir string) (args, env []string, err error) {
 	extra, err := flags.Check(s.Args)
@@ -103,7 +109,7 @@ func (driver) Command(s mount.Spec, dir string) (args, env []string, err error) 
 		"mount", "--config=", // none but the environment
 		"--allow-other", "--umask=022",
 		"--uid=" + strconv.FormatUint(uint64(s.UID), 10), "--gid=" + strconv.FormatUint(uint64(s.GID), 10),
-		"--cache-dir=" + cacheDir(dir), "--vfs-cache-mode=writes", "--vfs-write-back=1s",
+		"--cache-dir=" + cacheDir(s.CacheDir, dir), "--vfs-cache-mode=writes", "--vfs-write-back=1s",
 	}
 	args = append(args, extra...)
 	args = append(args, "--", remote+":"+filepath.Join(s.Bucket, s.Prefix), s.Point)
@@ -134,7 +140,7 @@ const syncPause = 100 * time.Millisecond
 // Sync implements process.Driver.
 func (driver) Sync(ctx context.Context, m process.Mounted) error {
 	for {
-		left, err := dirty(filepath.Join(cacheDir(m.Dir), "vfsMeta"))
+		left, err := dirty(filepath.Join(cacheDir(m.Cache, m.Dir), "vfsMeta"))
 		if err != nil {
 			return fmt.Errorf("%w: %w", mount.ErrNotFlushed, err)
 		}

@@ -24,6 +24,7 @@ const (
 	phantomAfter = 5 * time.Second // with an object store that answers
 	maxDumpBytes = 64 << 20
 	maxFolders   = 10000
+	maxLogBytes  = 2 * maxDumpBytes
 )
 
 // inode is what the attribute `debug` prints, the parts we need.

@@ -41,16 +41,19 @@ func CheckArgs(args string) error {
 	return nil
 }
 
+// MaxLogBytes implements process.LogBounder: nothing is written to files but the log,
+// and any process of the session can make it print (the attribute `debug`).
+func (driver) MaxLogBytes() int64 { return maxLogBytes }
+
 // flags leaves out, among others: where to mount what and as whom, logging and
 // --ignore-fsync, which Sync needs as they are; and all that uses files, ports,
-// credentials or users of the node.
+// credentials or users of the node; and debugging, which fills the node's disk.
 var flags = process.Flags{
 	Switches: []string{
 		"tigris-prefetch", "tigris-list-content", "cheap", "no-preload-dir", "no-implicit-dir", "no-dir-object",
 		"enable-patch", "drop-patch-conflicts", "prefer-patch-uploads", "fsync-on-close",
 		"enable-perms", "enable-specials", "no-specials", "enable-mtime", "disable-xattr",
 		"requester-pays", "use-content-type", "sse", "no-checksum", "no-detect", "no-expire-multipart", "subdomain", "no-verify-ssl",
-		"debug_s3",
 	},
 	Values: []string{
 		"dir-mode", "file-mode",
@@ -63,6 +66,17 @@ var flags = process.Flags{
 		"project-id", "region", "storage-class", "cold-min-size", "sse-kms", "list-type", "multipart-age",
 		"multipart-copy-threshold", "acl",
 		"sdk-max-retries", "sdk-min-retry-delay", "sdk-max-retry-delay", "sdk-min-throttle-delay", "sdk-max-throttle-delay",
+	},
+	Bounds: map[string]process.Bound{
+		"memory-limit": {Min: 50, Max: 4000}, "single-part": {Min: 5, Max: 500}, "max-merge-copy": {Max: 5000}, // MB
+		"entry-limit":  {Min: 1000, Max: 1_000_000}, // of 1 KB each
+		"gc-interval":  {Min: 50, Max: 100_000},
+		"max-flushers": {Min: 1, Max: 64}, "max-parallel-parts": {Min: 1, Max: 64}, "max-parallel-copy": {Min: 1, Max: 64},
+		"sdk-max-retries": {Max: 20},
+		// KB
+		"read-ahead": {Max: 200 << 10}, "read-ahead-small": {Max: 200 << 10}, "read-ahead-large": {Max: 400 << 10},
+		"read-ahead-parallel": {Min: 1 << 10, Max: 400 << 10}, "read-merge": {Max: 100 << 10},
+		"small-read-count": {Min: 1, Max: 100},
 	},
 }
 

@@ -20,6 +20,7 @@ import (
 	ctd "github.com/containerd/containerd/v2/client"
 	"golang.org/x/sys/unix"
 
+	"github.com/cloudcode-dev/cloudcode/internal/cleanenv"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/runtime"
 )
 
@@ -216,7 +217,7 @@ func (d *Daemon) spawn() (*process, error) {
 	cmd := exec.Command(d.bin, "--config", d.conf) // not CommandContext: it outlives us
 	cmd.Stdout, cmd.Stderr = logFile, logFile
 	cmd.Dir = "/"
-	cmd.Env = os.Environ()
+	cmd.Env = cleanenv.Environ()
 	if d.cfg.BinDir != "" { // so that it finds our shim and runc before the machine's
 		cmd.Env = append(cmd.Env, "PATH="+d.cfg.BinDir+string(os.PathListSeparator)+os.Getenv("PATH"))
 	}

@@ -135,6 +135,18 @@ func until(t *testing.T, fn func() error) {
 }
 
 // TestDaemonAdoption starts a second manager on a containerd that runs.
+// containerd and its shims live on, and run what others have made.
+func TestDaemonHasNoSecrets(t *testing.T) {
+	for _, name := range []string{"S3_SECRET_ACCESS_KEY", "CLOUDCODE_ENCRYPTION_KEY", "SERVER_PASSWORD"} {
+		t.Setenv(name, "hunter2")
+	}
+	e := newEnv(t)
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", e.daemon.PID()))
+	if err != nil || !strings.Contains(string(data), "PATH=") || strings.Contains(string(data), "hunter2") {
+		t.Errorf("%q, %v", data, err)
+	}
+}
+
 func TestDaemonAdoption(t *testing.T) {
 	e := newEnv(t)
 	d, err := StartDaemon(testContext(t), e.daemon.cfg)

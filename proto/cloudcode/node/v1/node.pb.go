@@ -1103,6 +1103,10 @@ type AssignedStorage struct {
 	TigrisfsArgs string `protobuf:"bytes,10,opt,name=tigrisfs_args,json=tigrisfsArgs,proto3" json:"tigrisfs_args,omitempty"`
 	// 32 bytes, or empty: checkpoints are not encrypted.
 	EncryptionKey []byte `protobuf:"bytes,11,opt,name=encryption_key,json=encryptionKey,proto3" json:"encryption_key,omitempty"`
+	// A user named the endpoint, not the operator of the server. With public_only nothing
+	// but addresses of the public internet may be connected to, and so nothing be mounted.
+	PublicOnly    bool `protobuf:"varint,12,opt,name=public_only,json=publicOnly,proto3" json:"public_only,omitempty"`
+	Own           bool `protobuf:"varint,13,opt,name=own,proto3" json:"own,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1212,6 +1216,20 @@ func (x *AssignedStorage) GetEncryptionKey() []byte {
 		return x.EncryptionKey
 	}
 	return nil
+}
+
+func (x *AssignedStorage) GetPublicOnly() bool {
+	if x != nil {
+		return x.PublicOnly
+	}
+	return false
+}
+
+func (x *AssignedStorage) GetOwn() bool {
+	if x != nil {
+		return x.Own
+	}
+	return false
 }
 
 type ReportStatusRequest struct {
@@ -2327,7 +2345,7 @@ const file_cloudcode_node_v1_node_proto_rawDesc = "" +
 	"\x03RUN\x10\x01\x12\n" +
 	"\n" +
 	"\x06DELETE\x10\x02\x12\v\n" +
-	"\aSUSPEND\x10\x03\"\xf4\x02\n" +
+	"\aSUSPEND\x10\x03\"\xa7\x03\n" +
 	"\x0fAssignedStorage\x12.\n" +
 	"\x04mode\x18\x01 \x01(\x0e2\x1a.cloudcode.v1.Storage.ModeR\x04mode\x12\x1a\n" +
 	"\bendpoint\x18\x02 \x01(\tR\bendpoint\x12\x16\n" +
@@ -2341,7 +2359,10 @@ const file_cloudcode_node_v1_node_proto_rawDesc = "" +
 	"\x06prefix\x18\t \x01(\tR\x06prefix\x12#\n" +
 	"\rtigrisfs_args\x18\n" +
 	" \x01(\tR\ftigrisfsArgs\x12%\n" +
-	"\x0eencryption_key\x18\v \x01(\fR\rencryptionKey\"|\n" +
+	"\x0eencryption_key\x18\v \x01(\fR\rencryptionKey\x12\x1f\n" +
+	"\vpublic_only\x18\f \x01(\bR\n" +
+	"publicOnly\x12\x10\n" +
+	"\x03own\x18\r \x01(\bR\x03own\"|\n" +
 	"\x13ReportStatusRequest\x12'\n" +
 	"\x0fregistration_id\x18\x01 \x01(\tR\x0eregistrationId\x12<\n" +
 	"\bstatuses\x18\x02 \x03(\v2 .cloudcode.node.v1.SessionStatusR\bstatuses\"\xca\x04\n" +
