@@ -19,11 +19,11 @@ import (
 const (
 	cacheFile    = "tree"
 	journalFile  = "uploads"
-	cacheMagic   = "cccache2"
+	cacheMagic   = "cccache3"
 	maxCache     = 4 << 30
 	cacheEvery   = time.Minute
 	cacheBytes   = 32 << 20
-	maxCacheDeep = 1 << 20
+	maxCacheDeep = maxTreePath
 )
 
 type cacheState struct {

@@ -3,7 +3,9 @@ package checkpoint
 import (
 	"crypto/sha256"
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"strings"
 )
 
 // segmenter turns the picture into segments and counts what is in it.
@@ -16,6 +18,8 @@ type segmenter struct {
 	live map[*pack]int64
 	link map[[2]uint64]string // first names of files that have several
 	odd  int                  // entries of ids outside the container's
+	size treeSize
+	text int64 // of segments
 	note notes
 }
 
@@ -30,10 +34,14 @@ func (n *notes) add(s string) {
 		n.more++
 		return
 	}
+	n.all = append(n.all, clipNote(s))
+}
+
+func clipNote(s string) string {
 	if len(s) > maxNote {
 		s = s[:maxNote/2] + "…" + s[len(s)-maxNote/2:]
 	}
-	n.all = append(n.all, s)
+	return strings.ToValidUTF8(s, "\uFFFD")
 }
 
 func (n *notes) list() []string {
@@ -179,6 +187,7 @@ func (g *segmenter) file(e *entry, n *node) {
 	}
 	c := n.content
 	e.size, e.ext = c.size, c.ext
+	g.size.extents += int64(len(c.ext))
 	g.m.Bytes += c.data
 	for _, x := range c.ext {
 		if x.c != nil {
@@ -196,6 +205,14 @@ func (g *segmenter) file(e *entry, n *node) {
 // entry adds one, and cuts where its path says so.
 func (g *segmenter) entry(e *entry) error {
 	g.m.Files++
+	g.size.entries++
+	g.size.paths += int64(len(e.path))
+	if e.lists {
+		g.size.extents += int64(len(e.ext)) // beside those that they hold
+	}
+	if err := g.size.check(); err != nil {
+		return fmt.Errorf("it cannot be saved: %w", err)
+	}
 	g.enc.entry(e)
 	if g.enc.count < segmentMin {
 		return nil
@@ -215,6 +232,9 @@ func (g *segmenter) cut() error {
 	}
 	text := g.enc.bytes()
 	g.enc.reset()
+	if g.text += int64(len(text)); g.text > maxTree {
+		return errors.New("it cannot be saved: the tree's attributes or names are too many")
+	}
 	if len(text) > maxSegment {
 		return fmt.Errorf("a segment of %d bytes: attributes or names are too many", len(text))
 	}

@@ -27,8 +27,17 @@ const (
 	// A writer keeps well below what a reader takes: folders with longer paths are
 	// noted and left out, for a walk to such depths takes time while the session
 	// stands still; attributes beyond that size are left out.
-	maxTreePath = 64 << 10
+	maxTreePath = 4096 // the kernel's for one call: no tool makes more
 	maxXattrs   = 256 << 10
+
+	// What a whole tree may have, in a writer and in a reader: a reader holds all of
+	// it, and a few bytes in a bucket can say that there is much.
+	maxEntries = 1 << 24
+	maxExtents = 1 << 24
+	maxPaths   = 2 << 30 // bytes of all paths
+	maxTree    = 2 << 30 // bytes of all segments, and of all lists
+	// maxSegmentPaths is for one segment: sixteen times what a writer needs.
+	maxSegmentPaths = 16 * segmentMax * maxTreePath
 
 	// Segments are cut behind an entry whose path's hash says so, which depends
 	// on nothing else: what is changed elsewhere does not move the cuts.
@@ -324,9 +333,11 @@ func (d *decoder) extents(n int) ([]extent, int64) {
 	}
 	ext := make([]extent, 0, min(n, 4096))
 	size := int64(0)
-	for range n {
+	for i := range n {
 		x := d.extent()
-		if d.err != nil || size > math.MaxInt64-x.size() {
+		// No writer makes two holes of one. Without them the parts are bounded by the
+		// content there is.
+		if d.err != nil || size > math.MaxInt64-x.size() || i > 0 && x.c == nil && ext[i-1].c == nil {
 			d.fail()
 			return nil, 0
 		}
@@ -353,8 +364,8 @@ func (d *decoder) entry(last string) (entry, error) {
 		n.mtime = d.int()
 		for range d.count(2) {
 			x := xattr{name: string(d.bytes(256)), value: string(d.bytes(maxXattr))}
-			if d.err == nil && (x.name == "" || strings.IndexByte(x.name, 0) >= 0) {
-				return n, errors.New("an attribute without name")
+			if d.err == nil && (!savedXattr(x.name) || strings.IndexByte(x.name, 0) >= 0) {
+				return n, fmt.Errorf("an attribute %q, which is never saved", x.name)
 			}
 			n.xattrs = append(n.xattrs, x)
 		}
@@ -404,7 +415,8 @@ func validPath(p string) bool {
 	return true
 }
 
-// decodeSegment appends the entries of a segment's text, limit of them at most.
+// decodeSegment appends the entries of a segment's text, limit of them at most, which
+// follow those that are there.
 func decodeSegment(cat *catalog, text []byte, limit int, into []entry) ([]entry, error) {
 	d, n, err := newDecoder(cat, text)
 	if err != nil {
@@ -413,11 +425,17 @@ func decodeSegment(cat *catalog, text []byte, limit int, into []entry) ([]entry,
 	if n > limit {
 		return into, fmt.Errorf("%d entries, more than the %d allowed", n, limit)
 	}
-	last := ""
+	last, paths := "", 0
 	for i := range n {
 		e, err := d.entry(last)
 		if err != nil {
 			return into, fmt.Errorf("entry %d behind %q: %w", i, last, err)
+		}
+		if len(into) > 0 && comparePaths(into[len(into)-1].path, e.path) >= 0 {
+			return into, fmt.Errorf("%q is out of order", e.path)
+		}
+		if paths += len(e.path); paths > maxSegmentPaths {
+			return into, errors.New("its paths are too long")
 		}
 		last = e.path
 		into = append(into, e)
@@ -435,14 +453,14 @@ func decodeList(cat *catalog, text []byte, into []extent) ([]extent, error) {
 		return into, err
 	}
 	ext, _ := d.extents(n)
-	if d.err == nil && len(d.b) != 0 {
+	if d.err == nil && (len(d.b) != 0 || len(ext) > 0 && len(into) > 0 && ext[0].c == nil && into[len(into)-1].c == nil) {
 		d.fail()
 	}
 	return append(into, ext...), d.err
 }
 
-// checkTree says whether entries can be a tree: sorted, each below a folder that
-// is there, further names of files that are there before.
+// checkTree says whether entries, which are in order, can be a tree: each below a
+// folder that is there, further names of files that are there before.
 func checkTree(entries []entry) error {
 	if len(entries) == 0 || entries[0].path != "" || entries[0].kind != kindDir {
 		return errors.New("it does not begin with the tree's own folder")
@@ -457,9 +475,6 @@ func checkTree(entries []entry) error {
 		if i == 0 {
 			dirs = append(dirs, "")
 			continue
-		}
-		if comparePaths(entries[i-1].path, e.path) >= 0 {
-			return fmt.Errorf("%q is out of order", e.path)
 		}
 		parent := ""
 		if j := strings.LastIndexByte(e.path, '/'); j >= 0 {

@@ -1,6 +1,7 @@
 package checkpoint
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -138,25 +139,47 @@ func (r *Repository) content(c *chunk, plain []byte) ([]byte, error) {
 // chunks reads chunks that are few and small: segments and lists.
 func (r *Repository) chunks(ctx context.Context, want []*chunk) ([][]byte, error) {
 	out := make([][]byte, len(want))
+	first := map[chunk]int{} // a file of one text over and over has one list over and over
 	at := map[*block][]int{}
 	var blocks []*block
+	total := int64(0)
 	for i, c := range want {
+		if _, again := first[*c]; again {
+			continue
+		}
+		first[*c] = i
+		if total += int64(c.n); total > maxTree {
+			return nil, fmt.Errorf("%w: its tree is larger than a tree can be", ErrDamaged)
+		}
 		if at[c.blk] == nil {
 			blocks = append(blocks, c.blk)
 		}
 		at[c.blk] = append(at[c.blk], i)
 	}
 	err := r.fetch(ctx, blocks, func(b *block, plain []byte) error {
+		used := 0
+		for _, i := range at[b] {
+			used += int(want[i].n)
+		}
 		for _, i := range at[b] { // a block is used once: no two write one item
 			text, err := r.content(want[i], plain)
 			if err != nil {
 				return err
 			}
+			if used < len(plain)/2 {
+				text = bytes.Clone(text) // the rest need not stay
+			}
 			out[i] = text
 		}
 		return nil
 	})
-	return out, err
+	if err != nil {
+		return nil, err
+	}
+	for i, c := range want {
+		out[i] = out[first[*c]]
+	}
+	return out, nil
 }
 
 // entries reads all of a checkpoint's tree. Lists are put in place if flat is set.
@@ -165,23 +188,60 @@ func (s *Session) entries(ctx context.Context, m *Manifest, flat bool) ([]entry,
 	if err != nil {
 		return nil, s.gone(ctx, m.ID, err)
 	}
+	damaged := func(err error) error { return fmt.Errorf("%s: %w: %w", s.key(m.ID), ErrDamaged, err) }
 	var all []entry
+	var size treeSize
 	for i, text := range texts {
-		if all, err = decodeSegment(m.cat, text, segmentMax, all); err != nil {
-			return nil, fmt.Errorf("%s: %w: segment %d: %w", s.key(m.ID), ErrDamaged, i, err)
+		from := len(all)
+		if all, err = decodeSegment(m.cat, text, segmentMax, all); err == nil {
+			err = size.add(all[from:])
 		}
+		if err == nil && size.entries > m.Files {
+			err = fmt.Errorf("more entries than the %d that it should have", m.Files)
+		}
+		if err != nil {
+			return nil, damaged(fmt.Errorf("segment %d: %w", i, err))
+		}
+		texts[i] = nil
+	}
+	if size.entries != m.Files {
+		return nil, damaged(fmt.Errorf("%d entries, not %d", size.entries, m.Files))
 	}
 	if err := checkTree(all); err != nil {
-		return nil, fmt.Errorf("%s: %w: %w", s.key(m.ID), ErrDamaged, err)
+		return nil, damaged(err)
 	}
 	if !flat {
 		return all, nil
 	}
-	return all, s.gone(ctx, m.ID, s.flatten(ctx, m, all))
+	return all, s.gone(ctx, m.ID, s.flatten(ctx, m, all, &size))
+}
+
+// treeSize adds up what a tree has of what is bounded.
+type treeSize struct{ entries, extents, paths int64 }
+
+func (s *treeSize) add(entries []entry) error {
+	for i := range entries {
+		s.entries++
+		s.extents += int64(len(entries[i].ext))
+		s.paths += int64(len(entries[i].path))
+	}
+	return s.check()
+}
+
+func (s *treeSize) check() error {
+	switch {
+	case s.entries > maxEntries:
+		return fmt.Errorf("the tree has more than %d files", maxEntries)
+	case s.extents > maxExtents:
+		return fmt.Errorf("the tree's files have more than %d parts", maxExtents)
+	case s.paths > maxPaths:
+		return fmt.Errorf("the tree's paths have more than %d bytes together", int64(maxPaths))
+	}
+	return nil
 }
 
 // flatten replaces lists of extents by what is in them.
-func (s *Session) flatten(ctx context.Context, m *Manifest, all []entry) error {
+func (s *Session) flatten(ctx context.Context, m *Manifest, all []entry, total *treeSize) error {
 	var want []*chunk
 	for i := range all {
 		if all[i].lists {
@@ -203,17 +263,22 @@ func (s *Session) flatten(ctx context.Context, m *Manifest, all []entry) error {
 			continue
 		}
 		var flat []extent
+		size := int64(0)
 		for range e.ext {
-			if flat, err = decodeList(m.cat, texts[0], flat); err != nil {
+			n := len(flat)
+			if flat, err = decodeList(m.cat, texts[0], flat); err == nil {
+				total.extents += int64(len(flat) - n)
+				err = total.check()
+			}
+			for _, x := range flat[n:] {
+				if size += x.size(); err == nil && (size < 0 || size > e.size) {
+					err = errors.New("they are more than its size")
+				}
+			}
+			if err != nil {
 				return fmt.Errorf("%s: %w: parts of %q: %w", s.key(m.ID), ErrDamaged, e.path, err)
 			}
 			texts = texts[1:]
-		}
-		size := int64(0)
-		for _, x := range flat {
-			if size += x.size(); size < 0 {
-				break
-			}
 		}
 		if size != e.size {
 			return fmt.Errorf("%s: %w: parts of %q do not make its size", s.key(m.ID), ErrDamaged, e.path)

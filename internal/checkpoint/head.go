@@ -64,6 +64,9 @@ type headJSON struct {
 const (
 	headVersion = 1
 	maxHead     = 64 << 10
+	// maxGeneration is more than any session reaches. Near the end of the numbers
+	// there would be no next owner.
+	maxGeneration = 1 << 53
 )
 
 func encodeHead(h Head) []byte {
@@ -103,6 +106,9 @@ func decodeHead(text []byte) (Head, error) {
 	if j.Manifest != "" && !manifestID.MatchString(j.Manifest) {
 		return Head{}, fmt.Errorf("%w: %q is no checkpoint", ErrDamaged, j.Manifest)
 	}
+	if j.Owner.Generation > maxGeneration {
+		return Head{}, fmt.Errorf("%w: generation %d is no session's", ErrDamaged, j.Owner.Generation)
+	}
 	h := Head{Owner: Owner(j.Owner), Manifest: j.Manifest, Restored: j.Restored, Time: j.Time, Released: j.Released}
 	if j.DeleteTime != nil {
 		h.DeleteTime = *j.DeleteTime
@@ -121,7 +127,10 @@ func (s *Session) head(ctx context.Context) (Head, []byte, error) {
 	if s.err != nil {
 		return Head{}, nil, s.err
 	}
-	text, o, err := s.r.store.Get(ctx, s.headKey())
+	text, o, err := objstore.GetUpTo(ctx, s.r.store, s.headKey(), maxHead)
+	if errors.Is(err, objstore.ErrTooLarge) {
+		return Head{}, nil, fmt.Errorf("%s: %w: %w", s.headKey(), ErrDamaged, err)
+	}
 	if errors.Is(err, objstore.ErrNotFound) {
 		return Head{}, nil, fmt.Errorf("%w: there are none of %q", ErrNotFound, s.prefix)
 	}
@@ -201,6 +210,9 @@ func (s *Session) update(ctx context.Context, change func(h *Head, exists bool) 
 // it, while a head that was read earlier may lack that. If the session was o's
 // already, it is that head. existed is false if there was none.
 func (s *Session) Acquire(ctx context.Context, o Owner) (before Head, existed bool, err error) {
+	if o.Generation > maxGeneration {
+		return Head{}, false, fmt.Errorf("generation %d of %q is no session's", o.Generation, s.prefix)
+	}
 	return s.update(ctx, func(h *Head, exists bool) (bool, error) {
 		if exists {
 			if h.Owner == o && !h.Released && h.DeleteTime.IsZero() {

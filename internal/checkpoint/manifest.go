@@ -228,6 +228,11 @@ func (c *cryptor) decodeBody(session, id string, head []byte, packs []packID, bo
 	if err := json.Unmarshal(plain, &version); err == nil && version.Version > manifestVersion {
 		return nil, fmt.Errorf("%w: version %d is not known here: use a newer cloudcode", ErrDamaged, version.Version)
 	}
+	// An object in it has some fields; empty ones cost far more memory than text. The
+	// notes may have names full of braces.
+	if n := bytes.Count(plain, []byte("{")); n > len(plain)/24+(maxNotes+1)*2*maxNote {
+		return nil, fmt.Errorf("%w: too many objects", ErrDamaged)
+	}
 	var j manifestJSON
 	if err := d.Decode(&j); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
@@ -249,8 +254,13 @@ func (m *Manifest) fill(j *manifestJSON, packs []packID) error {
 		return fmt.Errorf("it is %s of %s", j.ID, j.Session)
 	case len(j.Packs) != len(packs):
 		return fmt.Errorf("%d packs, not %d", len(j.Packs), len(packs))
-	case j.Files < 0 || j.Bytes < 0 || j.UploadedBytes < 0:
-		return errors.New("negative numbers")
+	case j.Files < 0 || j.Files > maxEntries || j.Bytes < 0 || j.UploadedBytes < 0 || j.Owner.Generation > maxGeneration:
+		return errors.New("numbers that cannot be")
+	case len(j.Notes) > maxNotes+1:
+		return fmt.Errorf("%d notes", len(j.Notes))
+	}
+	for i, n := range j.Notes {
+		j.Notes[i] = clipNote(n)
 	}
 	m.Info = Info{
 		ID: j.ID, Time: j.Time, Generation: j.Owner.Generation, Node: j.Owner.Node, Files: j.Files, Bytes: j.Bytes,
@@ -270,6 +280,7 @@ func (m *Manifest) fill(j *manifestJSON, packs []packID) error {
 		m.packs = append(m.packs, k)
 	}
 	m.cat.closed = true
+	seen := map[chunkID]bool{}
 	for _, s := range j.Segments {
 		id, err := hex.DecodeString(s.ID)
 		if err != nil || len(id) != len(chunkID{}) || s.Pack < 0 || s.Pack >= len(m.packs) || s.Length == 0 ||
@@ -277,6 +288,10 @@ func (m *Manifest) fill(j *manifestJSON, packs []packID) error {
 			s.Stored > maxPack || s.Block < int64(packHeader) || s.Block > maxPack {
 			return errors.New("a segment that cannot be")
 		}
+		if seen[chunkID(id)] {
+			return errors.New("a segment twice")
+		}
+		seen[chunkID(id)] = true
 		b, err := m.cat.block(m.packs[s.Pack], s.Block, s.Stored, s.Plain)
 		if err != nil {
 			return err

@@ -28,8 +28,11 @@ type cachedInfo struct {
 	info Info
 }
 
-// maxInfos bounds what List remembers.
-const maxInfos = 4096
+// maxInfos and maxInfo, the size of one, bound what List remembers.
+const (
+	maxInfos = 4096
+	maxInfo  = 256 << 10
+)
 
 var errPrefix = errors.New("a session's prefix is made of A-Z a-z 0-9 . _ - and /, each part beginning with a letter or digit")
 

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cloudcode-dev/cloudcode/internal/atomicfile"
+	"github.com/cloudcode-dev/cloudcode/internal/rmtree"
 )
 
 // RestoreOptions say where to.
@@ -44,7 +45,7 @@ func (s *Session) Restore(ctx context.Context, id string, opts RestoreOptions) (
 		return nil, err
 	}
 	tmp := dir + partial
-	if err := os.RemoveAll(tmp); err != nil {
+	if err := rmtree.Remove(tmp); err != nil {
 		return nil, fmt.Errorf("remove the rest of a restore: %w", err)
 	}
 	if err := os.Mkdir(tmp, 0o700); err != nil {
@@ -58,7 +59,7 @@ func (s *Session) Restore(ctx context.Context, id string, opts RestoreOptions) (
 	r := &restore{s: s, m: m, root: root, ids: ids{opts.IDBase}, all: all, progress: opts.Progress}
 	if err := r.run(ctx); err != nil {
 		err = fmt.Errorf("restore %s: %w", m.ID, s.gone(ctx, m.ID, err))
-		return nil, errors.Join(err, os.RemoveAll(tmp))
+		return nil, errors.Join(err, rmtree.Remove(tmp))
 	}
 	// Not os.Rename, which does not replace an empty folder.
 	if err := unix.Rename(tmp, dir); err != nil {

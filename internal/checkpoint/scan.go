@@ -263,14 +263,14 @@ func (s *scan) fresh(b *readBuffer, at int, path string, old *node, now sig) (n 
 		return nil, false, nil
 	}
 	n = &node{name: old.name, sig: now, racy: now.racy()}
+	if len(path) > maxTreePath {
+		n.kind, n.link = kindSkip, fmt.Sprintf("its path is longer than %d bytes", maxTreePath)
+		return n, false, nil
+	}
 	switch now.mode & unix.S_IFMT {
 	case unix.S_IFDIR:
 		if now.dev != s.dev {
 			n.kind, n.link = kindSkip, "it is another file system"
-			return n, false, nil
-		}
-		if len(path) > maxTreePath {
-			n.kind, n.link = kindSkip, "its path is too long"
 			return n, false, nil
 		}
 		n.kind, n.sub = kindDir, &dir{}

@@ -22,6 +22,9 @@ func (s *Session) Manifest(ctx context.Context, id string) (*Manifest, error) {
 		return nil, fmt.Errorf("%w: %q is no id of a checkpoint", ErrNotFound, id)
 	}
 	text, _, err := s.r.store.Get(ctx, s.key(id))
+	if errors.Is(err, objstore.ErrTooLarge) {
+		return nil, fmt.Errorf("%s: %w: %w", s.key(id), ErrDamaged, err)
+	}
 	if errors.Is(err, objstore.ErrNotFound) {
 		return nil, fmt.Errorf("%w: %s of %q", ErrNotFound, id, s.prefix)
 	}
@@ -109,6 +112,9 @@ func (s *Session) info(ctx context.Context, o objstore.Object) (Info, error) {
 		return Info{ID: o.Key, Time: t, Notes: []string{err.Error()}}, nil
 	case err != nil:
 		return Info{}, err
+	}
+	if i := m.Info; len(i.SessionJSON)+len(i.Trigger)+len(i.OpenCodeVersion)+len(i.Mode)+len(i.Restored)+len(i.Node)+len(i.Parent) > maxInfo {
+		return i, nil // not to be remembered
 	}
 	s.r.mu.Lock()
 	defer s.r.mu.Unlock()

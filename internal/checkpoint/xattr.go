@@ -39,6 +39,12 @@ func (m ids) outside(id uint32) uint32 {
 	return m.base + id
 }
 
+// savedXattr: attributes of other names are the machine's (labels, integrity, overlays).
+// A checkpoint that has them was made by no writer, and must not set them here.
+func savedXattr(name string) bool {
+	return strings.HasPrefix(name, "user.") || name == xattrCaps || name == xattrAccess || name == xattrDefault
+}
+
 // readXattrs gives the attributes that are saved, with ids as inside the container.
 func readXattrs(fd int, m ids) ([]xattr, error) {
 	n, err := unix.Flistxattr(fd, nil)
@@ -56,7 +62,7 @@ func readXattrs(fd int, m ids) ([]xattr, error) {
 	var all []xattr
 	total := 0
 	for name := range strings.SplitSeq(strings.TrimSuffix(string(buf[:n]), "\x00"), "\x00") {
-		if !strings.HasPrefix(name, "user.") && name != xattrCaps && name != xattrAccess && name != xattrDefault {
+		if !savedXattr(name) {
 			continue
 		}
 		value := make([]byte, maxXattr)
@@ -67,7 +73,7 @@ func readXattrs(fd int, m ids) ([]xattr, error) {
 		if err != nil {
 			return nil, err
 		}
-		if total += n; total > maxXattrs {
+		if total += len(name) + n; total > maxXattrs {
 			break
 		}
 		all = append(all, xattr{name, string(shift(name, value[:n], func(id uint32) uint32 { id, _ = m.inside(id); return id }, m.base, false))})

@@ -65,7 +65,7 @@ func sharedAddress(tb testing.TB) string {
 		return addrs[0].(*net.IPNet).IP.String()
 	}
 	_, address := freeSubnet(tb)
-	for _, args := range [][]string{{"link", "add", name, "type", "dummy"}, {"addr", "add", address + "/32", "dev", name}, {"link", "set", name, "up"}} {
+	for _, args := range [][]string{{"link", "add", name, "type", "bridge"}, {"addr", "add", address + "/32", "dev", name}, {"link", "set", name, "up"}} {
 		mustRun(tb, 10*time.Second, cleanEnv(), "ip", args...)
 	}
 	work.interfaces = append(work.interfaces, name)
@@ -255,9 +255,16 @@ func (h *nodeHost) volumeDir(session string) string {
 // waitNothingOf waits until the machine has nothing of the session.
 func (h *nodeHost) waitNothingOf(tb testing.TB, session string) {
 	tb.Helper()
-	eventually(tb, 45*time.Second, h.id+" has nothing of "+session, func() string {
-		if d := h.volumeDir(session); d != "" {
-			return fmt.Sprint(d, " ", mountsBelow(d))
+	h.waitEnded(tb, session)
+	eventually(tb, 45*time.Second, h.id+" has no files of "+session, func() string { return h.volumeDir(session) })
+}
+
+// waitEnded waits until nothing of the session runs or is mounted on the machine.
+func (h *nodeHost) waitEnded(tb testing.TB, session string) {
+	tb.Helper()
+	eventually(tb, 45*time.Second, h.id+" runs nothing of "+session, func() string {
+		if d := h.volumeDir(session); d != "" && len(mountsBelow(d)) > 0 {
+			return fmt.Sprint(mountsBelow(d))
 		}
 		for _, p := range h.pids() {
 			if cgroup, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", p)); strings.Contains(string(cgroup), "/"+session+"\n") {
@@ -313,9 +320,8 @@ func (h *nodeHost) die(tb testing.TB) time.Time {
 		}
 		return ""
 	})
-	if h.node.cmd != nil {
-		<-h.node.exited
-	}
+	<-h.node.exited
+	h.died = true
 	return when
 }
 

@@ -29,7 +29,7 @@ func (h *nodeHost) tryExec(tb testing.TB, session, script string) (stdout, stder
 	within(10*time.Second, func() bool {
 		stdout, stderr, err = run(tb, 2*time.Minute, cleanEnv(), filepath.Join(work.libexec, "ctr"), "-a", h.containerd(tb), "-n", "cloudcode",
 			"task", "exec", "--exec-id", "e2e-"+strings.ToLower(rand.Text()[:10]), "--cwd", projectDir, session, "bash", "-c", script)
-		return err == nil || !strings.Contains(stderr, "paused state")
+		return err == nil || !strings.Contains(stderr, "in a paused")
 	})
 	return stdout, stderr, err
 }

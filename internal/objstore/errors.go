@@ -185,6 +185,8 @@ func (s *s3) classifyTransport(what string, err error) failure {
 		return failure{err: say(ErrUnavailable, "the certificate of %s is not valid: %v", at, inner(err))}
 	case errors.As(err, &record), strings.Contains(err.Error(), "server gave HTTP response to HTTPS client"):
 		return failure{err: say(ErrUnavailable, "%s does not speak TLS: it may want http:// and not https://", at)}
+	case errors.Is(err, errAnswer):
+		return failure{err: say(ErrTooLarge, "%s: %v", at, errAnswer)}
 	case errors.Is(err, errStalled):
 		return failure{err: say(ErrUnavailable, "%s stopped in the middle of an answer", at), retry: ifIdempotent}
 	case errors.Is(err, syscall.ECONNREFUSED):

@@ -166,12 +166,19 @@ func (m *Memory) sent(n int) {
 
 // Get implements Store.
 func (m *Memory) Get(ctx context.Context, key string) ([]byte, Object, error) {
+	return m.getUpTo(ctx, key, MaxObject)
+}
+
+func (m *Memory) getUpTo(ctx context.Context, key string, limit int64) ([]byte, Object, error) {
 	if err := m.begin(ctx, OpGet, key); err != nil {
 		return nil, Object{}, err
 	}
 	o, err := m.get(key)
 	if err != nil {
 		return nil, Object{}, err
+	}
+	if o.Size > limit {
+		return nil, Object{}, tooLarge(key, o.Size, limit)
 	}
 	m.sent(len(o.data))
 	return bytes.Clone(o.data), o.Object, ask(m.FailAfter, OpGet, key)
@@ -226,6 +233,9 @@ func (m *Memory) Put(ctx context.Context, key string, data []byte, opts PutOptio
 	}
 	if err := opts.check(key); err != nil {
 		return Object{}, err
+	}
+	if len(data) > MaxObject {
+		return Object{}, tooLarge(key, int64(len(data)), MaxObject)
 	}
 	if err := m.begin(ctx, OpPut, key); err != nil {
 		return Object{}, err

@@ -5,6 +5,7 @@ package objstore
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"iter"
 	"strings"
@@ -21,7 +22,13 @@ var (
 	ErrRegion       = errors.New("wrong region")
 	ErrUnavailable  = errors.New("object store unavailable") // no connection, time-outs, 5xx, throttling: try again later
 	ErrUnsupported  = errors.New("object store cannot do this")
+	// ErrTooLarge is an ErrUnsupported: there is more than can be what was asked for.
+	ErrTooLarge = fmt.Errorf("%w: too large", ErrUnsupported)
 )
+
+// MaxObject is the most that Put takes and Get gives. Who has the keys of a bucket,
+// or answers in its name, must not be able to fill this machine's memory.
+const MaxObject = 96 << 20
 
 // Object is what is known of an object without its content.
 type Object struct {
@@ -51,15 +58,15 @@ type PutOptions struct {
 //
 // Every method may also return any other class, but ErrPrecondition from Put alone.
 type Store interface {
-	// Get returns the object and its content. Returns ErrNotFound.
+	// Get returns the object and its content. Returns ErrNotFound, ErrTooLarge.
 	Get(ctx context.Context, key string) ([]byte, Object, error)
 	// GetRange returns n bytes from offset on; less than n is an error, which wraps
 	// io.ErrUnexpectedEOF. Returns ErrNotFound.
 	GetRange(ctx context.Context, key string, offset, n int64) ([]byte, error)
 	// Stat returns ErrNotFound, also for a missing bucket: S3 does not tell them apart there.
 	Stat(ctx context.Context, key string) (Object, error)
-	// Put writes an object whole or not at all. Returns ErrPrecondition. The
-	// Object it returns may lack LastModified.
+	// Put writes an object whole or not at all. Returns ErrPrecondition, ErrTooLarge.
+	// The Object it returns may lack LastModified.
 	Put(ctx context.Context, key string, data []byte, o PutOptions) (Object, error)
 	// List yields the objects whose key begins with prefix, by key, starting behind
 	// after. With the delimiter "/", keys that have it behind the prefix are folded;
@@ -67,6 +74,27 @@ type Store interface {
 	List(ctx context.Context, prefix, delimiter, after string) iter.Seq2[Object, error]
 	// Delete removes objects; one that is not there is no error.
 	Delete(ctx context.Context, keys ...string) error
+}
+
+// GetUpTo is Get for an object of which more than limit bytes are known to be wrong:
+// they are ErrTooLarge, and are not read where the store can tell before.
+func GetUpTo(ctx context.Context, s Store, key string, limit int64) ([]byte, Object, error) {
+	if b, ok := s.(bounded); ok {
+		return b.getUpTo(ctx, key, limit)
+	}
+	data, o, err := s.Get(ctx, key)
+	if err == nil && int64(len(data)) > limit {
+		return nil, Object{}, tooLarge(key, int64(len(data)), limit)
+	}
+	return data, o, err
+}
+
+type bounded interface {
+	getUpTo(ctx context.Context, key string, limit int64) ([]byte, Object, error)
+}
+
+func tooLarge(key string, size, limit int64) error {
+	return fmt.Errorf("%w: %s has %d bytes or more, and %d can be", ErrTooLarge, key, size, limit)
 }
 
 // Close gives up what a store holds on to, which are idle connections. The store
@@ -102,6 +130,11 @@ func (p *prefixed) cut(o Object) Object {
 
 func (p *prefixed) Get(ctx context.Context, key string) ([]byte, Object, error) {
 	data, o, err := p.s.Get(ctx, p.prefix+key)
+	return data, p.cut(o), err
+}
+
+func (p *prefixed) getUpTo(ctx context.Context, key string, limit int64) ([]byte, Object, error) {
+	data, o, err := GetUpTo(ctx, p.s, p.prefix+key, limit)
 	return data, p.cut(o), err
 }
 

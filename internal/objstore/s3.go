@@ -279,11 +279,16 @@ func checkKey(op, key string) error {
 
 // Get implements Store.
 func (s *s3) Get(ctx context.Context, key string) ([]byte, Object, error) {
+	return s.getUpTo(ctx, key, MaxObject)
+}
+
+func (s *s3) getUpTo(ctx context.Context, key string, limit int64) ([]byte, Object, error) {
 	if err := checkKey(OpGet, key); err != nil {
 		return nil, Object{}, err
 	}
 	var data []byte
 	var o Object
+	var large error
 	err := s.do(ctx, OpGet, key, true, func(c *client, _ *bool) error {
 		body, info, _, err := c.GetObject(ctx, s.cfg.Bucket, key, minio.GetObjectOptions{})
 		if err != nil {
@@ -292,19 +297,29 @@ func (s *s3) Get(ctx context.Context, key string) ([]byte, Object, error) {
 		defer body.Close()
 		o = object(info)
 		o.Key = key
-		data, err = readAll(body, info.Size)
+		if info.Size > limit {
+			large = tooLarge(key, info.Size, limit)
+			return nil
+		}
+		if data, err = readAll(body, info.Size, limit); int64(len(data)) > limit {
+			large = tooLarge(key, int64(len(data)), limit)
+		}
 		return err
 	})
+	if err == nil {
+		err = large
+	}
 	if err != nil {
 		return nil, Object{}, err
 	}
 	return data, o, nil
 }
 
-// readAll reads a body of a known size: one allocation, and cut off is an error.
-func readAll(r io.Reader, size int64) ([]byte, error) {
+// readAll reads a body of a known size, of limit at most: one allocation, and cut off
+// is an error. If the size is not known it reads until there is more than the limit.
+func readAll(r io.Reader, size, limit int64) ([]byte, error) {
 	if size < 0 {
-		return io.ReadAll(r)
+		return io.ReadAll(io.LimitReader(r, limit+1))
 	}
 	data := make([]byte, size)
 	if _, err := io.ReadFull(r, data); err != nil {
@@ -354,7 +369,7 @@ func (s *s3) GetRange(ctx context.Context, key string, offset, n int64) ([]byte,
 			short = shortError(key, offset, n, offset+info.Size)
 			return nil
 		}
-		data, err = readAll(body, n)
+		data, err = readAll(body, n, n)
 		return err
 	})
 	if err == nil {
@@ -395,6 +410,9 @@ func (s *s3) Put(ctx context.Context, key string, data []byte, o PutOptions) (Ob
 	}
 	if err := o.check(key); err != nil {
 		return Object{}, err
+	}
+	if len(data) > MaxObject {
+		return Object{}, tooLarge(key, int64(len(data)), MaxObject)
 	}
 	conditional := o.IfNoneMatch || o.IfMatch != ""
 	// The hash is signed: what was damaged on its way is refused.

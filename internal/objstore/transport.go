@@ -80,11 +80,46 @@ func (t *transport) RoundTrip(req *http.Request) (*http.Response, error) {
 		ReadCloser: resp.Body, ctx: ctx, cancel: cancel, stall: t.stall,
 		timer: stoppedTimer(func() { cancel(errStalled) }),
 	}
+	if resp.StatusCode >= 300 || req.Method != http.MethodGet || asked(req) {
+		resp.Body = &boundedBody{ReadCloser: resp.Body}
+	}
 	if err := checkS3(req, resp); err != nil {
 		resp.Body.Close()
 		return nil, err
 	}
 	return resp, nil
+}
+
+// asked: what comes back is not an object but a document about some.
+func asked(req *http.Request) bool {
+	q := req.URL.Query()
+	return q.Has("list-type") || q.Has("location") || q.Has("delete")
+}
+
+const (
+	// maxAnswer and maxTags bound a document: twice of what 1,000 objects with the
+	// longest of keys, escaped, and all that is said of them need. Tags are bounded
+	// because an empty one costs far more memory than bytes.
+	maxAnswer = 8 << 20
+	maxTags   = 100_000
+)
+
+var errAnswer = errors.New("its answer does not end")
+
+// boundedBody ends a document that is longer than one can be.
+type boundedBody struct {
+	io.ReadCloser
+	bytes, tags int
+}
+
+func (b *boundedBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	b.bytes += n
+	b.tags += bytes.Count(p[:n], []byte("<"))
+	if b.bytes > maxAnswer || b.tags > maxTags {
+		return 0, errAnswer
+	}
+	return n, err
 }
 
 func stoppedTimer(fn func()) *time.Timer {
@@ -143,8 +178,7 @@ var roots = []string{"<Error", "ListBucketResult", "LocationConstraint", "Delete
 // list, that is not XML. Failures of a proxy in front of a server that is down
 // are left to their status.
 func checkS3(req *http.Request, resp *http.Response) error {
-	q := req.URL.Query()
-	list := q.Has("list-type") || q.Has("location") || q.Has("delete")
+	list := asked(req)
 	switch s := resp.StatusCode; {
 	case s >= 500, s == http.StatusRequestTimeout, s == http.StatusTooManyRequests:
 		return nil

@@ -4,14 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
-	"os"
-	"path/filepath"
-	"strings"
-	"time"
-
-	"golang.org/x/sys/unix"
-
 	"github.com/cloudcode-dev/cloudcode/internal/container"
 	"github.com/cloudcode-dev/cloudcode/internal/storage"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/archive"
@@ -19,11 +11,17 @@ import (
 	"github.com/cloudcode-dev/cloudcode/nodeagent/runtime"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/volume"
 	cloudcodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/v1"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
 )
 
 const (
 	attachTimeout  = 30 * time.Second
 	abandonTimeout = 10 * time.Second
+	flushTimeout   = time.Minute // of one try to write what is left at the end
 	mountAgain     = time.Minute // after a mount that failed, of a session that runs without it
 	// seedTimeout bounds the copy of OpenCode's data out of a bucket that the original
 	// project wrote.
@@ -138,13 +136,19 @@ func (s *Session) ownFolder() (bool, error) {
 	if s.mountMode() || mount.CheckBare(point) != nil {
 		return false, nil
 	}
-	entries, err := os.ReadDir(point)
+	fi, err := os.Lstat(point)
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
 	}
-	if errors.Is(err, unix.ENOTDIR) {
-		return true, nil
+	if err != nil || !fi.IsDir() {
+		return true, err
 	}
+	tree, err := os.OpenRoot(s.p.Volume.S3Dir) // it may be a link by now
+	if err != nil {
+		return false, err
+	}
+	defer tree.Close()
+	entries, err := fs.ReadDir(tree.FS(), BucketDir)
 	return len(entries) > 0, err
 }
 
@@ -205,10 +209,15 @@ func (s *Session) seed(ctx context.Context) error {
 	if _, err := os.Stat(done); err == nil || !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
+	tree, err := os.OpenRoot(v.S3Dir)
+	if err != nil {
+		return err
+	}
+	defer tree.Close()
 	begun := filepath.Join(v.StateDir, "seeding")
 	if _, err := os.Stat(begun); errors.Is(err, fs.ErrNotExist) {
 		for _, dir := range localDirs {
-			entries, err := os.ReadDir(filepath.Join(v.S3Dir, dir))
+			entries, err := fs.ReadDir(tree.FS(), dir)
 			if err != nil {
 				return err
 			}
@@ -226,10 +235,10 @@ func (s *Session) seed(ctx context.Context) error {
 	defer cancel()
 	for _, dir := range localDirs {
 		// What is there is half of an earlier try.
-		if err := mount.RemoveAll(filepath.Join(v.S3Dir, dir)); err != nil {
+		if err := tree.RemoveAll(dir); err != nil {
 			return err
 		}
-		if err := makeOwned(filepath.Join(v.S3Dir, dir), v.IDBase); err != nil {
+		if err := makeOwned(tree, dir, v.IDBase); err != nil {
 			return err
 		}
 		if err := copyTree(ctx, v, dir); err != nil {
@@ -335,7 +344,26 @@ func (s *Session) unmountBucket(ctx context.Context) error {
 	if err := mount.Detach(s.point()); err != nil {
 		return err
 	}
-	return s.mounter.Unmount(ctx, mountID(s.p.Volume))
+	ctx, cancel := context.WithTimeout(ctx, flushTimeout)
+	defer cancel()
+	id := mountID(s.p.Volume)
+	err := s.mounter.Unmount(ctx, id)
+	if !errors.Is(err, mount.ErrDead) && !errors.Is(err, mount.ErrHung) && !errors.Is(err, mount.ErrDetached) {
+		return err
+	}
+	// Trying again would say the same for ever: nobody mends mounts of a session that
+	// ends. A mounter that keeps files on disk has another one write them.
+	if r, ok := s.mounter.(mount.Remounter); ok {
+		if err := r.Remount(ctx, s.mountSpec()); err != nil {
+			return err
+		}
+		return s.mounter.Unmount(ctx, id)
+	}
+	s.log.Warn("files in the bucket may be missing", "error", err)
+	s.setStatus(func(st *cloudcodev1.StorageStatus) {
+		st.Message = "files that were just being written to the bucket may be missing: " + err.Error()
+	})
+	return s.mounter.Abandon(ctx, id)
 }
 
 func (s *Session) abandonBucket(ctx context.Context) error {

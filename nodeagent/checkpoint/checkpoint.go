@@ -25,6 +25,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"google.golang.org/protobuf/encoding/protojson"
@@ -36,6 +37,7 @@ import (
 	"github.com/cloudcode-dev/cloudcode/internal/objstore"
 	"github.com/cloudcode-dev/cloudcode/internal/storage"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/mount"
+	"github.com/cloudcode-dev/cloudcode/nodeagent/runtime"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/volume"
 	nodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/node/v1"
 	cloudcodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/v1"
@@ -217,7 +219,7 @@ func (m *Manager) Open(ctx context.Context, p Params) (_ *Session, err error) {
 			Node: m.cfg.Node, Instance: m.cfg.Instance, Generation: uint64(a.GetGeneration()),
 		},
 		requests: make(chan request), ended: make(chan struct{}),
-		status:   &cloudcodev1.StorageStatus{Mode: a.GetStorage().GetMode(), Persistent: true, Uri: uri(a.GetStorage())},
+		status: &cloudcodev1.StorageStatus{Mode: a.GetStorage().GetMode(), Persistent: true, Uri: uri(a.GetStorage())},
 	}
 	cfg := StorageConfig(a.GetStorage())
 	if s.store, err = m.cfg.OpenStore(cfg); err != nil {
@@ -495,32 +497,48 @@ func (s *Session) setAside() error {
 // makeTree makes the folders that the local tree has at least.
 func (s *Session) makeTree() error {
 	v := s.p.Volume
+	if err := os.Mkdir(v.S3Dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
 	dirs := []string{"."}
-	if s.a.GetStorage().GetMode() == cloudcodev1.Storage_MOUNT {
+	if s.mountMode() {
 		dirs = append(dirs, ".opencode")
 		dirs = append(dirs, localDirs...)
 	}
+	tree, err := os.OpenRoot(v.S3Dir)
+	if err != nil {
+		return err
+	}
+	defer tree.Close()
 	for _, d := range dirs {
-		if err := makeOwned(filepath.Join(v.S3Dir, d), v.IDBase); err != nil {
+		if err := makeOwned(tree, d, v.IDBase); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// makeOwned makes a folder of the container's root. Its parents are ours.
-func makeOwned(path string, id uint32) error {
-	err := os.Mkdir(path, 0o755)
-	if errors.Is(err, fs.ErrExist) {
-		return nil
+// makeOwned makes a folder of the container's root. What is in the tree is not
+// trusted: a checkpoint can hold links to anywhere.
+func makeOwned(tree *os.Root, dir string, id uint32) error {
+	err := tree.Mkdir(dir, 0o755)
+	if err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
 	}
-	if err == nil {
-		err = os.Chmod(path, 0o755)
+	fi, err := tree.Lstat(dir)
+	if err != nil {
+		return err
 	}
-	if err == nil {
-		err = os.Lchown(path, int(id), int(id))
+	if !fi.IsDir() {
+		return fmt.Errorf("%w: /root/s3/%s is no folder", runtime.ErrInvalidSpec, dir)
 	}
-	return err
+	if st, ok := fi.Sys().(*syscall.Stat_t); !ok || st.Uid != 0 {
+		return nil // it was there
+	}
+	if err := tree.Chmod(dir, 0o755); err != nil { // whatever the umask
+		return err
+	}
+	return tree.Lchown(dir, int(id), int(id))
 }
 
 // wanted names the restore that the assignment asks for.

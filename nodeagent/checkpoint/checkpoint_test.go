@@ -593,3 +593,26 @@ func TestCutOff(t *testing.T) {
 		s.Close()
 	})
 }
+
+// TestLinksInTheTree: what a checkpoint holds leads nowhere outside of the tree.
+func TestLinksInTheTree(t *testing.T) {
+	w := newWorld(t)
+	a := w.node("a")
+	outside := t.TempDir()
+	for _, link := range []string{".opencode", ".opencode/data"} {
+		t.Run(link, func(t *testing.T) {
+			w.must(os.RemoveAll(a.vol.S3Dir))
+			w.must(os.MkdirAll(filepath.Join(a.vol.S3Dir, filepath.Dir(link)), 0o755))
+			w.must(os.Symlink(outside, filepath.Join(a.vol.S3Dir, link)))
+			mounted := assignment(1)
+			mounted.Storage.Mode = cloudcodev1.Storage_MOUNT
+			s := &Session{p: a.params(mounted), a: mounted}
+			if err := s.makeTree(); err == nil {
+				t.Error("taken for a folder")
+			}
+			if entries, _ := os.ReadDir(outside); len(entries) != 0 {
+				t.Errorf("made outside: %v", entries)
+			}
+		})
+	}
+}

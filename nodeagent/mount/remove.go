@@ -3,14 +3,11 @@ package mount
 import (
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"strings"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/cloudcode-dev/cloudcode/internal/rmtree"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/mount/mountinfo"
 )
 
@@ -44,67 +41,9 @@ func RemoveAll(path string) error {
 	if err := CheckBare(path); err != nil {
 		return err
 	}
-	parent, err := os.Open(real)
-	if err != nil {
-		return err
+	err = rmtree.Remove(path)
+	if errors.Is(err, rmtree.ErrMounted) {
+		err = fmt.Errorf("%w: %w", ErrBusy, err)
 	}
-	defer parent.Close()
-	var st unix.Stat_t
-	err = unix.Fstatat(int(parent.Fd()), filepath.Base(path), &st, unix.AT_SYMLINK_NOFOLLOW)
-	if errors.Is(err, unix.ENOENT) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	return removeAt(int(parent.Fd()), filepath.Base(path), path, st.Dev)
-}
-
-// removeAt stays on one file system, whatever is mounted meanwhile.
-func removeAt(parent int, name, path string, dev uint64) error {
-	failed := func(err error) error { return &fs.PathError{Op: "remove", Path: path, Err: err} }
-	err := unix.Unlinkat(parent, name, 0)
-	if err == nil || errors.Is(err, unix.ENOENT) {
-		return nil
-	}
-	if !errors.Is(err, unix.EISDIR) && !errors.Is(err, unix.EPERM) && !errors.Is(err, unix.ENOTEMPTY) {
-		return failed(err)
-	}
-	fd, oerr := unix.Openat(parent, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
-	if errors.Is(oerr, unix.ENOTDIR) {
-		return failed(err)
-	}
-	if oerr != nil {
-		return failed(oerr)
-	}
-	dir := os.NewFile(uintptr(fd), path)
-	defer dir.Close()
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
-		return failed(err)
-	}
-	if st.Dev != dev {
-		return failed(fmt.Errorf("%w: something is mounted here", ErrBusy))
-	}
-	for {
-		names, err := dir.Readdirnames(1024)
-		for _, n := range names {
-			if err := removeAt(fd, n, filepath.Join(path, n), dev); err != nil {
-				return err
-			}
-		}
-		if len(names) == 0 {
-			if err != nil && !errors.Is(err, io.EOF) {
-				return failed(err)
-			}
-			break
-		}
-		if _, err := dir.Seek(0, 0); err != nil { // what was read is gone
-			return failed(err)
-		}
-	}
-	if err := unix.Unlinkat(parent, name, unix.AT_REMOVEDIR); err != nil && !errors.Is(err, unix.ENOENT) {
-		return failed(err)
-	}
-	return nil
+	return err
 }

@@ -44,6 +44,48 @@ func TestRemoveAll(t *testing.T) {
 	must(mount.RemoveAll(victim)) // a file
 }
 
+// A container can make more levels than this process may have files open.
+func TestRemoveAllOfManyLevels(t *testing.T) {
+	victim := filepath.Join(t.TempDir(), "victim")
+	if err := os.Mkdir(victim, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	const levels = 5000
+	fd, err := unix.Open(victim, unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	for range levels {
+		if err == nil {
+			err = unix.Mkdirat(fd, "d", 0o755)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		up := fd
+		fd, err = unix.Openat(up, "d", unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		unix.Close(up)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	unix.Close(fd)
+	var was unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 256, Max: was.Max}); err != nil {
+		t.Fatal(err)
+	}
+	err = mount.RemoveAll(victim)
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
+		t.Fatal(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Lstat(victim); !os.IsNotExist(err) {
+		t.Errorf("still there: %v", err)
+	}
+}
+
 func TestRemoveAllSparesMounts(t *testing.T) {
 	if os.Geteuid() != 0 {
 		if os.Getenv("CLOUDCODE_REQUIRE_REAL") == "1" {

@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -178,6 +179,9 @@ func parse(frame []byte) Event {
 	}
 	if json.Unmarshal(frame, &f) != nil {
 		return Event{Frame: frame}
+	}
+	if strings.HasPrefix(f.Payload.Type, "cloudcode.") {
+		f.Payload.Type = "" // what only we say, a program in the container must not
 	}
 	return Event{Type: f.Payload.Type, Directory: f.Directory, Frame: frame}
 }

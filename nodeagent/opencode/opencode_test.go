@@ -64,6 +64,15 @@ func FuzzReadFrames(f *testing.F) {
 	})
 }
 
+// TestForgedTypes: a program that took OpenCode's place cannot say what only the node
+// daemon says, such as that all is saved.
+func TestForgedTypes(t *testing.T) {
+	frame := []byte(`{"directory":"/d","payload":{"type":"cloudcode.checkpointed"}}`)
+	if e := parse(frame); e.Type != "" || e.Directory != "/d" || string(e.Frame) != string(frame) {
+		t.Errorf("passed on as %+v", e)
+	}
+}
+
 func TestChatStatus(t *testing.T) {
 	for _, c := range []struct {
 		kind, frame string

@@ -283,7 +283,8 @@ func (m *Manager) unmount(ctx context.Context, session string) error {
 }
 
 // Remove unmounts and deletes the session's volume. What does not exist is no
-// error. When ctx ends in between, the next Remove, List or Ensure goes on.
+// error. What it leaves behind when it fails, or the process ends in between, the next
+// Remove of any session tries again: it reports only the trouble with its own.
 func (m *Manager) Remove(ctx context.Context, session string) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -293,31 +294,33 @@ func (m *Manager) Remove(ctx context.Context, session string) error {
 	if err := mount.CheckBare(filepath.Join(m.Dir, session)); err != nil {
 		return err
 	}
+	aside := filepath.Join(m.Dir, removing+session)
 	// The rename is what makes it gone, also when deleting takes long.
-	err := os.Rename(filepath.Join(m.Dir, session), filepath.Join(m.Dir, removing+session))
+	err := os.Rename(filepath.Join(m.Dir, session), aside)
 	if errors.Is(err, fs.ErrExist) || errors.Is(err, unix.ENOTEMPTY) {
-		if err = m.sweep(); err == nil {
-			err = os.Rename(filepath.Join(m.Dir, session), filepath.Join(m.Dir, removing+session))
+		if err = deleteTree(aside); err == nil {
+			err = os.Rename(filepath.Join(m.Dir, session), aside)
 		}
 	}
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
+	if err == nil || errors.Is(err, fs.ErrNotExist) {
+		err = deleteTree(aside)
 	}
-	return m.sweep()
-}
-
-// sweep deletes what Remove has put aside.
-func (m *Manager) sweep() error {
-	left, err := filepath.Glob(filepath.Join(m.Dir, removing+"*"))
+	m.sweep(aside)
 	if err != nil {
-		return err
-	}
-	for _, dir := range left {
-		if err := deleteTree(dir); err != nil {
-			return fmt.Errorf("deleting a removed volume: %w", err)
-		}
+		return fmt.Errorf("deleting the removed volume of session %s: %w", session, err)
 	}
 	return nil
+}
+
+// sweep deletes what other calls of Remove have put aside. One that cannot be deleted
+// is in nobody's way: its session's own Remove says why.
+func (m *Manager) sweep(but string) {
+	left, _ := filepath.Glob(filepath.Join(m.Dir, removing+"*"))
+	for _, dir := range left {
+		if dir != but {
+			_ = deleteTree(dir)
+		}
+	}
 }
 
 // deleteTree keeps meta.json, which reserves the ids, for last.

@@ -8,12 +8,15 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
 
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
+
+	"github.com/cloudcode-dev/cloudcode/nodeagent/mount"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -203,6 +206,43 @@ func TestHalfRemovedKeepsIDs(t *testing.T) {
 		t.Errorf("id base %x was given again while files carry it", b.IDBase)
 	}
 	if err := m.Remove(t.Context(), "b"); err != nil {
+		t.Fatal(err)
+	}
+	if entries, _ := os.ReadDir(m.Dir); len(entries) != 0 {
+		t.Errorf("left: %v", entries)
+	}
+}
+
+// What cannot be deleted of one session is no trouble of another's, and keeps its ids.
+func TestRemoveBesideALeftover(t *testing.T) {
+	m := newManager(t)
+	a, b := ensure(t, m, "a", 0), ensure(t, m, "b", 0)
+	aside := filepath.Join(m.Dir, removing+"a")
+	if err := os.Rename(a.Dir, aside); err != nil {
+		t.Fatal(err)
+	}
+	held := filepath.Join(aside, "data", "s3")
+	if err := unix.Mount("tmpfs", held, "tmpfs", 0, "size=64k"); err != nil {
+		t.Fatal(err)
+	}
+	unmount := sync.OnceValue(func() error { return unix.Unmount(held, 0) })
+	defer unmount()
+	if err := m.Remove(t.Context(), "b"); err != nil {
+		t.Errorf("b: %v", err)
+	}
+	if _, err := os.Lstat(b.Dir); !os.IsNotExist(err) {
+		t.Error(err)
+	}
+	if err := m.Remove(t.Context(), "a"); !errors.Is(err, mount.ErrBusy) {
+		t.Errorf("a: %v", err)
+	}
+	if c := ensure(t, m, "c", 0); c.IDBase == a.IDBase {
+		t.Errorf("id base %x was given again while files carry it", c.IDBase)
+	}
+	if err := unmount(); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Remove(t.Context(), "c"); err != nil {
 		t.Fatal(err)
 	}
 	if entries, _ := os.ReadDir(m.Dir); len(entries) != 0 {

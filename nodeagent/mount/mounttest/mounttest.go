@@ -61,6 +61,7 @@ func Run(t *testing.T, s Suite) {
 		"open file":           testOpenFile,
 		"many files":          testManyFiles,
 		"unmount waits":       testUnmountWaits,
+		"a repository":        testRepository,
 		"adoption":            testAdoption,
 		"another spec":        testAnotherSpec,
 		"hung mounter":        testHung,

@@ -545,3 +545,32 @@ func testStoreHangs(e *env) {
 	e.must(e.m.Unmount(e.ctx, e.spec.ID))
 	e.wantObjects(map[string]string{"before": "one", "during": "two"})
 }
+
+// testRepository: git makes names that are renamed before they ever were objects.
+// That does not keep the mount from being flushed.
+func testRepository(e *env) {
+	if _, err := exec.LookPath("git"); err != nil {
+		if os.Getenv("CLOUDCODE_REQUIRE_REAL") == "1" {
+			e.Fatal(err)
+		}
+		e.Skip(err)
+	}
+	e.mount()
+	git := exec.CommandContext(e.ctx, "sh", "-ec", `git init -q repo; cd repo
+git config user.name agent; git config user.email agent@example.com; git config gc.auto 0
+for i in 1 2 3 4 5; do echo "line $i" >> README; mkdir -p src/$i; seq $((i*1000)) > src/$i/numbers; git add -A; git commit -qm "commit $i"; done
+git checkout -q -b feature; echo feature > feature; git add feature; git commit -qm feature; git checkout -q -; git tag v1`)
+	git.Dir = e.spec.Point
+	git.Env = append(os.Environ(), "GIT_CONFIG_GLOBAL=/dev/null", "GIT_CONFIG_COUNT=1", "GIT_CONFIG_KEY_0=safe.directory", "GIT_CONFIG_VALUE_0=*")
+	if out, err := git.CombinedOutput(); err != nil {
+		e.Fatalf("git: %v\n%s", err, out)
+	}
+	ctx, cancel := context.WithTimeout(e.ctx, time.Minute)
+	defer cancel()
+	if err := e.m.Unmount(ctx, e.spec.ID); err != nil {
+		e.Fatalf("Unmount: %v", err)
+	}
+	if _, err := os.Stat(filepath.Join(e.bucket, "repo/.git/refs/heads/feature")); err != nil {
+		e.Errorf("the branch is not in the bucket: %v", err)
+	}
+}

@@ -68,6 +68,7 @@ func Region(s mount.Spec) string {
 // Mounted is a mount as drivers see it.
 type Mounted struct {
 	ID, Point, Dir, Log string
+	Endpoint            string // of the object store
 	m                   *Mounter
 }
 
@@ -468,7 +469,7 @@ func (m *Mounter) waitMounted(ctx context.Context, st *state, p *proc) error {
 }
 
 func (m *Mounter) mounted(st *state) Mounted {
-	return Mounted{ID: st.ID, Point: st.Point, Dir: m.folder(st.ID), Log: st.Log, m: m}
+	return Mounted{ID: st.ID, Point: st.Point, Dir: m.folder(st.ID), Log: st.Log, Endpoint: st.Where.Endpoint, m: m}
 }
 
 // here returns the mount itself, nil if it is gone, and other mounts of the same

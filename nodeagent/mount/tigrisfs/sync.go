@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/http"
 	"os"
 	"path"
 	"slices"
@@ -20,6 +21,7 @@ import (
 
 const (
 	syncPause    = 250 * time.Millisecond
+	phantomAfter = 5 * time.Second // with an object store that answers
 	maxDumpBytes = 64 << 20
 	maxFolders   = 10000
 )
@@ -41,6 +43,7 @@ type inode struct {
 // uploaded, until that is nothing.
 func (d driver) Sync(ctx context.Context, m process.Mounted) error {
 	var before, left map[string]string // path: why
+	var stuck time.Time                // since when all that is left are removals
 	for {
 		err := m.Ask(ctx, func(ctx context.Context) error { return fsop.Fsync(ctx, m.Point) })
 		if err == nil {
@@ -56,6 +59,14 @@ func (d driver) Sync(ctx context.Context, m process.Mounted) error {
 		case err != nil && left == nil:
 			return fmt.Errorf("%w: flushing has not ended in time: %w", mount.ErrNotFlushed, ctx.Err())
 		case err == nil && settled(before, left):
+			return nil
+		case err == nil && !onlyRemovals(left):
+			stuck = time.Time{}
+		case err == nil && stuck.IsZero():
+			stuck = time.Now()
+		case err == nil && time.Since(stuck) > phantomAfter && answers(ctx, m.Endpoint):
+			// TigrisFS keeps names for ever that never became an object: created and
+			// renamed before their upload, as git does with its locks.
 			return nil
 		}
 		t := time.NewTimer(syncPause)
@@ -91,6 +102,31 @@ func settled(before, left map[string]string) bool {
 		}
 	}
 	return true
+}
+
+func onlyRemovals(left map[string]string) bool {
+	for _, why := range left {
+		if why != removing {
+			return false
+		}
+	}
+	return len(left) > 0
+}
+
+// answers says whether the object store can be reached, whatever it says.
+func answers(ctx context.Context, endpoint string) bool {
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodHead, endpoint, nil)
+	if err != nil {
+		return false
+	}
+	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, Proxy: http.ProxyFromEnvironment}}
+	resp, err := client.Do(req)
+	if err != nil {
+		return false
+	}
+	return resp.Body.Close() == nil && resp.StatusCode < http.StatusInternalServerError
 }
 
 func describe(left map[string]string) string {
