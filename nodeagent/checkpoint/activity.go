@@ -13,8 +13,8 @@ const unknownFor = time.Minute
 
 // activity is what is known of a session's chats.
 type activity struct {
-	once  sync.Once
-	ended chan struct{} // holds one: a turn has ended
+	once         sync.Once
+	ended, began chan struct{} // hold one: a turn has ended, the first chat has become busy
 
 	mu      sync.Mutex
 	chats   map[string]bool // busy ones
@@ -22,9 +22,19 @@ type activity struct {
 	last    time.Time       // when the last turn ended
 }
 
+func (a *activity) make() {
+	a.once.Do(func() { a.ended, a.began = make(chan struct{}, 1), make(chan struct{}, 1) })
+}
+
 func (a *activity) turn() chan struct{} {
-	a.once.Do(func() { a.ended = make(chan struct{}, 1) })
+	a.make()
 	return a.ended
+}
+
+// start of work, where all chats had rested.
+func (a *activity) start() chan struct{} {
+	a.make()
+	return a.began
 }
 
 func (a *activity) turnTime() time.Time {
@@ -59,6 +69,12 @@ func (s *Session) Event(e opencode.Event) {
 	if busy {
 		if a.chats == nil {
 			a.chats = map[string]bool{}
+		}
+		if len(a.chats) == 0 {
+			select {
+			case a.start() <- struct{}{}:
+			default:
+			}
 		}
 		a.chats[chat] = true
 		return

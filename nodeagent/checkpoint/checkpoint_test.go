@@ -474,6 +474,16 @@ func TestTurnsAndPeriods(t *testing.T) {
 		if len(a.checkpointed) != 3 {
 			t.Errorf("a turn without a change: %d events", len(a.checkpointed))
 		}
+		// A session at rest is looked at now and then; a turn that begins does not wait for that.
+		s.Event(event("session.status", `{"sessionID":"c1","status":{"type":"busy"}}`))
+		a.write("f", "four")
+		before = saved().GetId()
+		settle(busyPeriod + 100*time.Millisecond)
+		if c := saved(); busyPeriod >= idleShortest || c.GetId() == before || c.GetTrigger() != TriggerBusy {
+			t.Errorf("the beginning of a turn was not saved within the period: %v", c)
+		}
+		s.Event(event("session.idle", `{"sessionID":"c1"}`))
+		settle(10 * time.Millisecond)
 		if a.frozen {
 			t.Error("left frozen")
 		}

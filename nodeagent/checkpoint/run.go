@@ -22,7 +22,7 @@ import (
 // How often a session is saved. The promise is at most 2 s of chats and 5 s of
 // files lost while a chat is busy; what is left of the 2 s is for the upload.
 const (
-	busyPeriod = 1200 * time.Millisecond
+	busyPeriod = time.Second
 	// A frozen session does nothing: at most a tenth of its time.
 	frozenShare = 10
 	// Without a busy chat, what users do by hand is found by looking at the tree;
@@ -290,6 +290,8 @@ func (s *Session) keepSaving(ctx context.Context) error {
 			var info checkpoint.Info
 			info, err = attempt(r.trigger)
 			r.done <- result{info, err}
+		case <-s.activity.start():
+			// The next look was to be that of a session at rest.
 		case <-s.activity.turn():
 			turn = true
 			if time.Now().Before(nextTry) {
