@@ -122,7 +122,9 @@ func (u *up) run(cmd *cobra.Command) (err error) {
 	if line := cli.StorageLine(cmd); line != "" {
 		u.say("%s", line)
 	}
-	if err := u.ensureSession(cmd); err != nil {
+	if err := u.ensureSession(cmd); errors.Is(err, cli.ErrNoSession) {
+		u.session = ""
+	} else if err != nil {
 		return interruptedIsFine(ctx, err)
 	}
 	u.awaitAnswer(ctx, dataDir, gw.Addr())

@@ -318,6 +318,11 @@ func (s *Session) takeOver(ctx context.Context) error {
 	s.acquired.Store(true)
 	newest = newest && s.newest(next, head, existed)
 	s.resumed = newest && existed
+	if !existed { // what was sent once may be gone with the head
+		if err := os.RemoveAll(s.writerState()); err != nil {
+			return err
+		}
+	}
 	if !newest {
 		next.Acquired, next.Restoring = 0, ""
 		if err := next.save(dir); err != nil {
@@ -413,7 +418,9 @@ func (s *Session) bring(ctx context.Context, head checkpoint.Head, existed bool)
 		return err
 	}
 	// Ours by now means that this was begun before, and perhaps not waited out.
-	if existed && !head.Released && s.mountMode() {
+	// One that the server has taken over in a node's name may still be written by that.
+	byServer := head.Owner.Node == "" && time.Since(head.Time) < takeoverWait
+	if existed && (!head.Released || byServer) && s.mountMode() {
 		s.p.Progress("mount", "waiting until the node before has let go of the bucket", 0, 0)
 		select {
 		case <-time.After(takeoverWait):

@@ -66,6 +66,9 @@ func excluded(rel string, isDir bool) bool {
 	return false
 }
 
+// writerState is where the writer keeps what it has sent already.
+func (s *Session) writerState() string { return filepath.Join(s.p.Volume.StateDir, "writer") }
+
 func (s *Session) openWriter(ctx context.Context) error {
 	if s.writer != nil {
 		return nil
@@ -79,13 +82,16 @@ func (s *Session) openWriter(ctx context.Context) error {
 		}
 	}
 	options := checkpoint.WriterOptions{
-		Dir: s.p.Volume.S3Dir, IDBase: s.p.Volume.IDBase, Owner: s.owner, StateDir: s.p.Volume.StateDir,
+		Dir: s.p.Volume.S3Dir, IDBase: s.p.Volume.IDBase, Owner: s.owner, StateDir: s.writerState(),
 		Exclude: s.excluded(), Log: s.log,
 	}
 	w, err := s.repo.NewWriter(ctx, options)
 	if errors.Is(err, checkpoint.ErrNotFound) {
 		// Somebody has emptied the bucket. What is here is all that is left.
 		s.log.Warn("the session's head is gone from the bucket: making it anew", "error", err)
+		if err := os.RemoveAll(s.writerState()); err != nil {
+			return err
+		}
 		if _, _, err = s.repo.Acquire(ctx, s.owner); err == nil {
 			w, err = s.repo.NewWriter(ctx, options)
 		}

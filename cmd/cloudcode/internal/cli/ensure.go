@@ -1,19 +1,26 @@
 package cli
 
 import (
+	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/cloudcode-dev/cloudcode/internal/grpcerr"
 	cloudcodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/v1"
 )
 
+// ErrNoSession: the session could not be created because of its object storage, and
+// why was said.
+var ErrNoSession = errors.New("the session was not created")
+
 // EnsureSession creates a session on the server of this machine unless there is
 // one of that id, and shows how it starts. How the start ends is shown, too, and
-// is no error: the session is tried again by itself.
+// is no error: the session is tried again by itself. Returns ErrNoSession.
 func EnsureSession(cmd *cobra.Command, id string, timeout time.Duration) error {
 	return withClient(cmd, func(c *client) error {
 		name, err := sessionName(id)
@@ -26,6 +33,11 @@ func EnsureSession(cmd *cobra.Command, id string, timeout time.Duration) error {
 		cancel()
 		if status.Code(err) == codes.NotFound {
 			s, err = c.createSession(ctx, &cloudcodev1.CreateSessionRequest{SessionId: id, Session: &cloudcodev1.Session{Spec: &cloudcodev1.SessionSpec{}}})
+		}
+		if err != nil && strings.HasPrefix(grpcerr.Reason(err), "STORAGE_") {
+			// The server runs all the same: what helps is often to be done with it.
+			fmt.Fprintf(cmd.ErrOrStderr(), "session %s: not created: %v\n", id, c.explain(err))
+			return ErrNoSession
 		}
 		if err != nil {
 			return err
