@@ -28,6 +28,7 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -466,8 +467,10 @@ func (s *Session) fetch(ctx context.Context, manifest string) error {
 
 // putInPlace makes what was fetched the local tree. Its place is empty.
 func (s *Session) putInPlace() error {
-	if err := os.Rename(s.next(), s.p.Volume.S3Dir); err != nil {
-		return err
+	// Whoever opened the volume meanwhile has made an empty folder, which this replaces;
+	// os.Rename would not.
+	if err := unix.Rename(s.next(), s.p.Volume.S3Dir); err != nil {
+		return fmt.Errorf("putting the fetched files in place: %w", err)
 	}
 	return s.makeTree()
 }

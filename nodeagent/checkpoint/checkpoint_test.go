@@ -150,7 +150,13 @@ func (n *node) params(a *nodev1.Assignment) Params {
 
 func (n *node) open(a *nodev1.Assignment) *Session {
 	n.w.t.Helper()
-	s, err := n.m.Open(n.w.t.Context(), n.params(a))
+	p := n.params(a)
+	p.Progress = func(phase, _ string, _, _ int64) {
+		if phase == "restore" { // somebody opens the volume meanwhile
+			_ = os.Mkdir(n.vol.S3Dir, 0o755)
+		}
+	}
+	s, err := n.m.Open(n.w.t.Context(), p)
 	n.w.must(err)
 	return s
 }

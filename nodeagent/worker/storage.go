@@ -191,7 +191,7 @@ func (w *Worker) Files(ctx context.Context) (archive.Tree, error) {
 	w.mu.Lock()
 	a, kept := w.target, w.kept
 	w.mu.Unlock()
-	if a == nil {
+	if a == nil || a.GetStorage() != nil && kept == nil { // they may be on their way here
 		return archive.Tree{}, runtime.ErrNotFound
 	}
 	if there, err := w.cfg.Volumes.Exists(VolumeName(a)); err != nil || !there {
@@ -204,9 +204,6 @@ func (w *Worker) Files(ctx context.Context) (archive.Tree, error) {
 	tree := archive.Tree{IDBase: vol.IDBase, Skip: checkpoint.Excluded}
 	dir := vol.S3Dir
 	if a.GetStorage().GetMode() == cloudcodev1.Storage_MOUNT {
-		if kept == nil {
-			return archive.Tree{}, fmt.Errorf("the bucket of session %s is not mounted: %w", w.session, runtime.ErrNotFound)
-		}
 		dir, tree.Loose = vol.RootDir, true
 	}
 	if tree.Root, err = os.OpenRoot(dir); err != nil {
