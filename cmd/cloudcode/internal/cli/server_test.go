@@ -159,7 +159,7 @@ func TestRealStorage(t *testing.T) {
 		t.Fatal(err)
 	}
 	dir := t.TempDir()
-	srv, err := server.New(server.Config{DataDir: dir, GRPCListen: "127.0.0.1:0", DefaultImage: "localhost/x:1", StorageProfiles: profiles})
+	srv, err := server.New(server.Config{DataDir: dir, GRPCListen: "127.0.0.1:0", DefaultImage: "localhost/x:1", StorageProfiles: profiles, OwnStorage: storage.OwnAny})
 	if err != nil {
 		t.Fatal(err)
 	}
