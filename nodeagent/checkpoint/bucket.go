@@ -4,6 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
 	"github.com/cloudcode-dev/cloudcode/internal/container"
 	"github.com/cloudcode-dev/cloudcode/internal/storage"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/archive"
@@ -11,11 +17,6 @@ import (
 	"github.com/cloudcode-dev/cloudcode/nodeagent/runtime"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/volume"
 	cloudcodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/v1"
-	"io/fs"
-	"os"
-	"path/filepath"
-	"strings"
-	"time"
 )
 
 const (

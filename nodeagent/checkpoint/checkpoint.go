@@ -194,7 +194,6 @@ type Session struct {
 	writer   *checkpoint.Writer
 	look     time.Duration // that it took to find that nothing has changed
 	restored string        // to be noted in the head; empty: what is there stays
-
 }
 
 type request struct {
