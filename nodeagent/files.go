@@ -47,6 +47,8 @@ func filesError(session string, err error) error {
 		return grpcerr.New(codes.FailedPrecondition, "NO_STORAGE", "session %s has no object storage to be saved to", session)
 	case errors.Is(err, checkpoint.ErrFenced):
 		code, reason = codes.FailedPrecondition, "FENCED"
+	case errors.Is(err, objstore.ErrNotAllowed):
+		code, reason = codes.FailedPrecondition, worker.ReasonStorageNotAllowed
 	case errors.Is(err, objstore.ErrUnavailable):
 		code, reason = codes.Unavailable, "STORAGE_UNREACHABLE"
 	case errors.Is(err, objstore.ErrDenied), errors.Is(err, objstore.ErrNoBucket), errors.Is(err, objstore.ErrRegion):

@@ -68,6 +68,15 @@ func (s *Session) mountBucket(ctx context.Context) error {
 	case s.p.Ending:
 		return nil
 	}
+	if s.a.GetStorage().GetPublicOnly() && !s.mountMode() {
+		// A mounter asks for the address itself, later, and may get another one.
+		err := s.m.Drop(ctx, s.p.Volume) // what is left from before
+		s.mounter = nil
+		s.setStatus(func(st *cloudcodev1.StorageStatus) {
+			st.Message = "there is no /root/s3/" + BucketDir + ": the server mounts no buckets of sessions' own (--own-storage any allows it); checkpoints do not need it"
+		})
+		return err
+	}
 	if own, err := s.ownFolder(); err != nil {
 		return err
 	} else if own {

@@ -42,6 +42,7 @@ const (
 	ReasonNoMounter          = "NO_MOUNTER"
 	ReasonMountFailed        = "MOUNT_FAILED"
 	ReasonNotFlushed         = "NOT_FLUSHED"
+	ReasonStorageNotAllowed  = "STORAGE_ENDPOINT_NOT_ALLOWED"
 )
 
 var (
@@ -88,6 +89,10 @@ func classify(err error) (reason, advice string, permanent bool) {
 		return ReasonNoMounter, "install TigrisFS or rclone and fuse3 on the node, or place the session on another with a node selector", true
 	case errors.Is(err, mount.ErrNotFlushed):
 		return ReasonNotFlushed, "", false
+	case errors.Is(err, objstore.ErrNotAllowed):
+		return ReasonStorageNotAllowed, "the server's option --own-storage says which endpoints sessions may bring", true
+	case errors.Is(err, mount.ErrInvalid):
+		return ReasonMountFailed, "", true
 	case errors.Is(err, mount.ErrFailed):
 		return ReasonMountFailed, "", false
 	case errors.Is(err, objstore.ErrUnavailable):
