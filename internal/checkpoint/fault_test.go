@@ -158,7 +158,9 @@ func TestFrozenInstant(t *testing.T) {
 	stop := make(chan struct{})
 	var g sync.WaitGroup
 	g.Go(func() {
+		freeze.Lock()
 		f, err := os.OpenFile(r.path("db"), os.O_CREATE|os.O_RDWR, 0o600)
+		freeze.Unlock()
 		if err != nil {
 			t.Error(err)
 			return
