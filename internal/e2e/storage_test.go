@@ -348,6 +348,7 @@ func (s *storageFleet) mounterDies(t *testing.T, id, folder string) {
 // /root/s3/bucket, and the work goes on whatever becomes of its mounter.
 func TestBucketFolder(t *testing.T) {
 	mounters(t)
+	t.Parallel()
 	s := withStorage(t)
 	id := s.session(t, "folder", spec(s.a, nil))
 	s.store.put(t, s.root+"/"+id+"/shared/data.csv", []byte("1,2,3"))
@@ -381,6 +382,7 @@ func TestBucketFolder(t *testing.T) {
 // TestKeysStayOutside looks for the object store's keys wherever a session, or
 // another user of the machine, could find them.
 func TestKeysStayOutside(t *testing.T) {
+	t.Parallel()
 	s := withStorage(t)
 	id := s.session(t, "keys", &cloudcodev1.SessionSpec{NodeSelector: on(s.a), Storage: &cloudcodev1.Storage{S3: &cloudcodev1.S3Storage{
 		Endpoint: s.store.config.Endpoint, Bucket: s.store.config.Bucket, AccessKeyId: s.store.config.AccessKeyID, SecretAccessKey: s.store.config.SecretAccessKey, PathStyle: true, Prefix: "own-keys",
@@ -488,6 +490,7 @@ func TestOutage(t *testing.T) {
 	if got := s.get(t, id); got.GetState() != cloudcodev1.Session_RUNNING {
 		t.Errorf("during the outage the session is %v", got)
 	}
+	s.store.proxy.Cut() // what is not answered so far is refused from here on
 	_, err := s.sessions.CheckpointSession(bounded(t, 2*time.Minute), &cloudcodev1.CheckpointSessionRequest{Name: "sessions/" + id})
 	if status.Code(err) != codes.Unavailable {
 		t.Errorf("a checkpoint during the outage: %v", err)
@@ -521,6 +524,7 @@ func TestOutage(t *testing.T) {
 
 // TestCheckpoints: what people do with checkpoints, by command line and API.
 func TestCheckpoints(t *testing.T) {
+	t.Parallel()
 	s := withStorage(t)
 	id := s.session(t, "points", spec(s.a, nil))
 	oc := s.openCode(id)
@@ -831,6 +835,7 @@ func TestStorageInWords(t *testing.T) {
 // whole bucket, and gone on with.
 func TestOriginalBucket(t *testing.T) {
 	mounters(t)
+	t.Parallel()
 	s := withStorage(t)
 	// The database is one that OpenCode wrote, on a local disk.
 	writer := s.session(t, "writer", spec(s.a, &cloudcodev1.Storage{Mode: cloudcodev1.Storage_LOCAL}))
@@ -907,6 +912,7 @@ func TestOriginalBucket(t *testing.T) {
 // TestRecover: a new fleet over an old bucket brings all sessions back, with
 // nothing but the keys; and with an encryption key, nothing in the bucket can be read.
 func TestRecover(t *testing.T) {
+	t.Parallel()
 	s := withStorage(t)
 	const key = "CLOUDCODE_ENCRYPTION_KEY=AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
 	marker := "marker-" + strings.Repeat(idPrefix, 3)
@@ -1051,6 +1057,7 @@ func TestRecover(t *testing.T) {
 // TestPurge: a deleted session leaves its storage, unless it is told otherwise;
 // what a fork shares with it stays with the fork.
 func TestPurge(t *testing.T) {
+	t.Parallel()
 	s := withStorage(t)
 	id, fork := s.session(t, "purge", spec(s.a, nil)), idPrefix+"purge-fork"
 	oc := s.openCode(id)

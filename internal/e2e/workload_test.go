@@ -56,7 +56,7 @@ mkdir -p ` + projectDir + `/app/packages/linked; cd ` + projectDir + `/app; cp /
 echo '{"name":"linked","version":"1.0.0","bin":"cli.js"}' > packages/linked/package.json; printf '#!/usr/bin/env node\nconsole.log("linked")\n' > packages/linked/cli.js
 echo '{"name":"app","version":"1.0.0","dependencies":{"linked":"file:packages/linked"}}' > package.json
 npm install --offline --no-audit --no-fund ./e2e-dep-1.0.0.tgz ./e2e-lib-1.0.0.tgz 2>&1 | tail -2; node_modules/.bin/e2e-tool; node_modules/.bin/linked`, "posix"},
-	{"large file", `set -e; head -c 52428800 /dev/urandom > large.bin; ls -l large.bin`, ""},
+	{"large file", `set -e; head -c 52428800 /dev/urandom > large.bin; stat -c %s large.bin`, ""},
 	{"many small files", `python3 - <<'P'
 import os
 for i in range(3000):
