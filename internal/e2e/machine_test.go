@@ -16,8 +16,9 @@ import (
 	"strings"
 )
 
-// bridgePrefix begins the name of every bridge of these tests.
-const bridgePrefix = "cce2e"
+// bridgePrefix begins the name of every bridge of this run: another run on the
+// same machine is none of our business.
+var bridgePrefix = "cc" + strings.TrimSuffix(idPrefix, "-")
 
 // machine is what of these tests is on this machine, by kind: processes,
 // mounts, network interfaces, firewall tables, cgroups, run folders. Other users

@@ -56,7 +56,7 @@ func newStorageFleet(tb testing.TB, name string, st *store, root string, env ...
 // bridge's is there once a container has been.
 func sharedAddress(tb testing.TB) string {
 	tb.Helper()
-	name := bridgePrefix + strings.TrimSuffix(idPrefix, "-") + "m"
+	name := bridgePrefix + "m"
 	if i, err := net.InterfaceByName(name); err == nil {
 		addrs, err := i.Addrs()
 		if err != nil || len(addrs) == 0 {

@@ -110,6 +110,9 @@ func (driver) Command(s mount.Spec, dir string) (args, env []string, err error) 
 		"--allow-other", "--umask=022",
 		"--uid=" + strconv.FormatUint(uint64(s.UID), 10), "--gid=" + strconv.FormatUint(uint64(s.GID), 10),
 		"--cache-dir=" + cacheDir(s.CacheDir, dir), "--vfs-cache-mode=writes", "--vfs-write-back=1s",
+		// What other programs put into the bucket is seen after so long; rclone's own
+		// five minutes look like a file that is lost.
+		"--dir-cache-time=10s",
 	}
 	args = append(args, extra...)
 	args = append(args, "--", remote+":"+filepath.Join(s.Bucket, s.Prefix), s.Point)
