@@ -1,6 +1,7 @@
 package checkpoint
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -59,9 +60,7 @@ func (s *Session) mountBucket(ctx context.Context) error {
 	case s.p.Ending && errors.Is(err, ErrNoMounter):
 		return nil // then nothing is mounted
 	case errors.Is(err, ErrNoMounter) && !s.mountMode():
-		s.setStatus(func(st *cloudcodev1.StorageStatus) {
-			st.Message = "there is no /root/s3/" + BucketDir + ": neither TigrisFS nor rclone is installed on the node; checkpoints do not need it"
-		})
+		s.say("there is no /root/s3/" + BucketDir + ": neither TigrisFS nor rclone is installed on the node; checkpoints do not need it")
 		return nil
 	case err != nil:
 		return err
@@ -72,19 +71,18 @@ func (s *Session) mountBucket(ctx context.Context) error {
 		// A mounter asks for the address itself, later, and may get another one.
 		err := s.m.Drop(ctx, s.p.Volume) // what is left from before
 		s.mounter = nil
-		s.setStatus(func(st *cloudcodev1.StorageStatus) {
-			st.Message = "there is no /root/s3/" + BucketDir + ": the server mounts no buckets of sessions' own (--own-storage any allows it); checkpoints do not need it"
-		})
+		s.say("there is no /root/s3/" + BucketDir + ": the server mounts no buckets of sessions' own (--own-storage any allows it); checkpoints do not need it")
 		return err
 	}
 	if own, err := s.ownFolder(); err != nil {
 		return err
 	} else if own {
 		s.mounter = nil
-		s.setStatus(func(st *cloudcodev1.StorageStatus) {
-			st.Message = "the session has files of its own in /root/s3/" + BucketDir + ", so the bucket is not shown there: move them, then suspend and resume the session"
-		})
+		s.say("the session has files of its own in /root/s3/" + BucketDir + ", so the bucket is not shown there: move them, then suspend and resume the session")
 		return nil
+	}
+	if s.mountMode() && s.mounter.Name() != "tigrisfs" {
+		s.say("the workspace is mounted with " + s.mounter.Name() + ", where symbolic links, file modes and git do not work: install TigrisFS on the node, or use mode SNAPSHOT")
 	}
 	s.p.Progress("mount", "mounting the bucket with "+s.mounter.Name(), 0, 0)
 	s.setStatus(func(st *cloudcodev1.StorageStatus) { st.Mounter = s.mounter.Name() })
@@ -111,6 +109,11 @@ func (s *Session) mountBucket(ctx context.Context) error {
 		s.stopSupervising()
 	}
 	return err
+}
+
+// say sets what there is to be said of the session's storage while nothing is wrong.
+func (s *Session) say(note string) {
+	s.setStatus(func(st *cloudcodev1.StorageStatus) { s.note, st.Message = note, note })
 }
 
 // pickMounter takes the one that has the session's mount, or else the first that is
@@ -207,7 +210,7 @@ func (s *Session) mountChanged(state cloudcodev1.StorageStatus_MountState, messa
 	s.setStatus(func(st *cloudcodev1.StorageStatus) {
 		st.MountState = state
 		if st.GetUnsavedSince() == nil {
-			st.Message = message
+			st.Message = cmp.Or(message, s.note)
 		}
 	})
 }

@@ -187,6 +187,7 @@ type Session struct {
 
 	mu      sync.Mutex
 	status  *cloudcodev1.StorageStatus
+	note    string // the message while nothing is wrong
 	version string // of OpenCode
 
 	// Used by Open, then by Run's loop, and by Finish after it.

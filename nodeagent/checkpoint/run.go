@@ -175,7 +175,7 @@ func (s *Session) save(ctx context.Context, trigger string, freeze func(context.
 			st.Checkpoint = Proto(info)
 		}
 		if st.GetUnsavedSince() != nil {
-			st.UnsavedSince, st.Message = nil, ""
+			st.UnsavedSince, st.Message = nil, s.note
 		}
 	})
 	if err := os.Remove(filepath.Join(s.p.Volume.StateDir, unsavedFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
