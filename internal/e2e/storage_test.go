@@ -302,6 +302,7 @@ func testMount(t *testing.T, s *storageFleet) {
 func (s *storageFleet) mounterDies(t *testing.T, id, folder string) {
 	h := s.hostOf(t, id)
 	container := h.containerPID(t, id)
+	before := s.get(t, id).GetStorage().GetMessage()
 	for _, sig := range []syscall.Signal{syscall.SIGKILL, syscall.SIGSTOP} {
 		pids := h.mounterPIDs(id)
 		if len(pids) == 0 {
@@ -332,7 +333,7 @@ func (s *storageFleet) mounterDies(t *testing.T, id, folder string) {
 		})
 		t.Logf("%v: healed after %v", sig, time.Since(began).Round(time.Millisecond))
 		s.waitStorage(t, id, "MOUNTED", 30*time.Second, func(st *cloudcodev1.StorageStatus) bool {
-			return st.GetMountState() == cloudcodev1.StorageStatus_MOUNTED && st.GetMessage() == ""
+			return st.GetMountState() == cloudcodev1.StorageStatus_MOUNTED && st.GetMessage() == before
 		})
 		if now := h.containerPID(t, id); now != container {
 			t.Errorf("%v: the container's process is %s, was %s", sig, now, container)
@@ -374,9 +375,13 @@ func TestBucketFolder(t *testing.T) {
 		t.Errorf("the session sees where its checkpoints are:\n%s", out)
 	}
 	s.mounterDies(t, id, "/root/s3/bucket")
-	if out := s.a.exec(t, id, "cat /root/s3/bucket/out/result.txt"); out != "made inside\n" {
-		t.Errorf("after the mounter was back: %q", out)
-	}
+	eventually(t, 20*time.Second, "the file is there when the mounter is back", func() string {
+		out, _, _ := s.a.tryExec(t, id, "cat /root/s3/bucket/out/result.txt || { ls -laR /root/s3/bucket; grep /root/s3 /proc/mounts; }")
+		if out != "made inside\n" {
+			return out
+		}
+		return ""
+	})
 }
 
 // TestKeysStayOutside looks for the object store's keys wherever a session, or
