@@ -481,5 +481,9 @@ func (c *crash) check(t *testing.T, h *nodeHost, victim, chat string, when time.
 		c.had[name] = true
 	}
 	c.lost[victim] = append(c.lost[victim], l)
-	t.Logf("lost: %v of chat, %v of files; saved %v before the kill", l.chat.Round(time.Millisecond), l.files.Round(time.Millisecond), when.Sub(saved).Round(time.Millisecond))
+	last := "no turn was saved before the kill"
+	if !saved.IsZero() {
+		last = fmt.Sprintf("the last turn was saved %v before the kill", when.Sub(saved).Round(time.Millisecond))
+	}
+	t.Logf("lost: %v of chat, %v of files; %s", l.chat.Round(time.Millisecond), l.files.Round(time.Millisecond), last)
 }
