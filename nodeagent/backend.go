@@ -173,6 +173,11 @@ func (b *backend) unmount(ctx context.Context, progress func(string)) error {
 			uctx, cancel := context.WithTimeout(ctx, unmountTimeout)
 			err := m.Unmount(uctx, i.ID)
 			cancel()
+			if removals, ok := errors.AsType[*mount.RemovalsLeftError](err); ok {
+				progress(removals.Error())
+				errs = append(errs, m.Abandon(ctx, i.ID))
+				continue
+			}
 			if err != nil {
 				errs = append(errs, fmt.Errorf("bucket of %s: %w", i.ID, err), m.Abandon(ctx, i.ID))
 			}

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/cloudcode-dev/cloudcode/internal/container"
+	"github.com/cloudcode-dev/cloudcode/internal/objstore"
 	"github.com/cloudcode-dev/cloudcode/internal/storage"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/archive"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/mount"
@@ -362,6 +363,9 @@ func (s *Session) unmountBucket(ctx context.Context) error {
 	defer cancel()
 	id := mountID(s.p.Volume)
 	err := s.mounter.Unmount(ctx, id)
+	if removals, ok := errors.AsType[*mount.RemovalsLeftError](err); ok {
+		return s.finishRemovals(ctx, removals.Names)
+	}
 	if !errors.Is(err, mount.ErrDead) && !errors.Is(err, mount.ErrHung) && !errors.Is(err, mount.ErrDetached) {
 		return err
 	}
@@ -378,6 +382,34 @@ func (s *Session) unmountBucket(ctx context.Context) error {
 		st.Message = "files that were just being written to the bucket may be missing: " + err.Error()
 	})
 	return s.mounter.Abandon(ctx, id)
+}
+
+// finishRemovals ends a mount of which all is written but some removals, and
+// removes what is there of those.
+func (s *Session) finishRemovals(ctx context.Context, names []string) error {
+	if err := s.mounter.Abandon(ctx, mountID(s.p.Volume)); err != nil {
+		return err
+	}
+	var left []string
+	for _, name := range names {
+		key := storage.Join(s.a.GetStorage().GetPrefix(), strings.TrimPrefix(name, "/"))
+		_, err := s.store.Stat(ctx, key)
+		if errors.Is(err, objstore.ErrNotFound) {
+			continue // it never was an object
+		}
+		if err != nil {
+			return err
+		}
+		if err := s.store.Delete(ctx, key); err != nil {
+			return err
+		}
+		left = append(left, name)
+	}
+	if len(left) > 0 {
+		s.log.Warn("the mounter had not removed these from the bucket: removed now", "names", left)
+		s.say(fmt.Sprintf("TigrisFS had not removed %d files that were deleted or renamed, such as %q: they are removed now; look at what was changed last in their folders", len(left), left[0]))
+	}
+	return nil
 }
 
 func (s *Session) abandonBucket(ctx context.Context) error {

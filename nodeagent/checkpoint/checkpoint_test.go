@@ -20,6 +20,7 @@ import (
 	"github.com/cloudcode-dev/cloudcode/internal/checkpoint"
 	"github.com/cloudcode-dev/cloudcode/internal/objstore"
 	"github.com/cloudcode-dev/cloudcode/internal/storage"
+	"github.com/cloudcode-dev/cloudcode/nodeagent/mount"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/opencode"
 	"github.com/cloudcode-dev/cloudcode/nodeagent/volume"
 	nodev1 "github.com/cloudcode-dev/cloudcode/proto/cloudcode/node/v1"
@@ -630,5 +631,41 @@ func TestLinksInTheTree(t *testing.T) {
 				t.Errorf("made outside: %v", entries)
 			}
 		})
+	}
+}
+
+// abandoned is a mounter that is only abandoned.
+type abandoned struct {
+	mount.Mounter
+	ids []string
+}
+
+func (m *abandoned) Abandon(_ context.Context, id string) error {
+	m.ids = append(m.ids, id)
+	return nil
+}
+
+// TestFinishRemovals: what a mounter has not removed from the bucket is removed after
+// its end, and nothing else.
+func TestFinishRemovals(t *testing.T) {
+	w := newWorld(t)
+	a := w.node("a")
+	m := &abandoned{}
+	s := &Session{m: a.m, p: a.params(assignment(1)), a: assignment(1), store: w.store, mounter: m, log: slog.New(slog.DiscardHandler), status: &cloudcodev1.StorageStatus{}}
+	for _, key := range []string{"s1/repo/HEAD.lock", "s1/repo/HEAD", "other"} {
+		_, err := w.store.Put(t.Context(), key, []byte("x"), objstore.PutOptions{})
+		w.must(err)
+	}
+	w.must(s.finishRemovals(t.Context(), []string{"/repo/never.lock"}))
+	if len(m.ids) != 1 || s.Status().GetMessage() != "" {
+		t.Errorf("names that never were objects: %v, %q", m.ids, s.Status().GetMessage())
+	}
+	w.must(s.finishRemovals(t.Context(), []string{"/repo/HEAD.lock", "/repo/never.lock"}))
+	if keys := w.store.Keys(); len(keys) != 2 || !strings.Contains(s.Status().GetMessage(), "HEAD.lock") {
+		t.Errorf("left %v, message %q", keys, s.Status().GetMessage())
+	}
+	w.setDown(errAway)
+	if err := s.finishRemovals(t.Context(), []string{"/repo/HEAD"}); !errors.Is(err, objstore.ErrUnavailable) {
+		t.Errorf("without object store: %v", err)
 	}
 }

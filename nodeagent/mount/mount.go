@@ -5,6 +5,7 @@ package mount
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 )
 
@@ -72,6 +73,18 @@ type Mounter interface {
 	// List returns the mounts that are there, dead or alive.
 	List(ctx context.Context) ([]Status, error)
 }
+
+// RemovalsLeftError is an ErrNotFlushed: all is written, and these names, relative to
+// the mount, are still to be removed from the object store, if they ever were in it.
+// Waiting longer does not help.
+type RemovalsLeftError struct{ Names []string }
+
+func (e *RemovalsLeftError) Error() string {
+	return fmt.Sprintf("%d names are not removed from the object store: %q", len(e.Names), e.Names[:min(3, len(e.Names))])
+}
+
+// Unwrap returns ErrNotFlushed.
+func (e *RemovalsLeftError) Unwrap() error { return ErrNotFlushed }
 
 // Remounter is what a Mounter has that keeps unwritten files on disk.
 type Remounter interface {

@@ -21,7 +21,7 @@ import (
 
 const (
 	syncPause    = 250 * time.Millisecond
-	phantomAfter = 5 * time.Second // with an object store that answers
+	stuckAfter   = 5 * time.Second // with an object store that answers
 	maxDumpBytes = 64 << 20
 	maxFolders   = 10000
 	maxLogBytes  = 2 * maxDumpBytes
@@ -65,10 +65,11 @@ func (d driver) Sync(ctx context.Context, m process.Mounted) error {
 			stuck = time.Time{}
 		case err == nil && stuck.IsZero():
 			stuck = time.Now()
-		case err == nil && time.Since(stuck) > phantomAfter && answers(ctx, m.Endpoint):
-			// TigrisFS keeps names for ever that never became an object: created and
-			// renamed before their upload, as git does with its locks.
-			return nil
+		case err == nil && time.Since(stuck) > stuckAfter && answers(ctx, m.Endpoint):
+			// TigrisFS keeps names for ever: of what never became an object, because it
+			// was renamed before its upload, as git does with its locks; and now and then
+			// of what is one.
+			return &mount.RemovalsLeftError{Names: slices.Sorted(maps.Keys(left))}
 		}
 		t := time.NewTimer(syncPause)
 		select {
