@@ -256,7 +256,7 @@ func (s *Session) seed(ctx context.Context) error {
 		if err := makeOwned(tree, dir, v.IDBase); err != nil {
 			return err
 		}
-		if err := copyTree(ctx, v, dir); err != nil {
+		if err := copyTree(ctx, v, tree, dir); err != nil {
 			return fmt.Errorf("copying %s out of the bucket: %w", dir, err)
 		}
 	}
@@ -267,17 +267,12 @@ func (s *Session) seed(ctx context.Context) error {
 }
 
 // copyTree copies a folder of the mount to the local tree.
-func copyTree(ctx context.Context, v volume.Volume, dir string) error {
+func copyTree(ctx context.Context, v volume.Volume, to *os.Root, dir string) error {
 	from, err := os.OpenRoot(v.MountDir)
 	if err != nil {
 		return err
 	}
 	defer from.Close()
-	to, err := os.OpenRoot(v.S3Dir)
-	if err != nil {
-		return err
-	}
-	defer to.Close()
 	err = archive.Copy(ctx, archive.Tree{Root: from, IDBase: v.IDBase}, archive.Tree{Root: to, IDBase: v.IDBase}, dir)
 	if errors.Is(err, archive.ErrNotFound) {
 		return nil

@@ -22,7 +22,6 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -61,7 +60,6 @@ const (
 	TriggerStop    = "stop"
 	TriggerManual  = "manual"
 	TriggerRestore = "restore"
-	TriggerStart   = "start"
 )
 
 // TypeCheckpointed is the type of the event in a session's ring that says that
@@ -214,6 +212,7 @@ type result struct {
 // packages objstore, checkpoint and mount.
 func (m *Manager) Open(ctx context.Context, p Params) (_ *Session, err error) {
 	a := p.Assignment
+	cfg := StorageConfig(a.GetStorage())
 	s := &Session{
 		m: m, p: p, a: a, log: m.cfg.Log.With("session", a.GetSessionId()),
 		owner: checkpoint.Owner{
@@ -221,14 +220,14 @@ func (m *Manager) Open(ctx context.Context, p Params) (_ *Session, err error) {
 			Node: m.cfg.Node, Instance: m.cfg.Instance, Generation: uint64(a.GetGeneration()),
 		},
 		requests: make(chan request), ended: make(chan struct{}),
-		status: &cloudcodev1.StorageStatus{Mode: a.GetStorage().GetMode(), Persistent: true, Uri: uri(a.GetStorage())},
+		status: &cloudcodev1.StorageStatus{Mode: a.GetStorage().GetMode(), Persistent: true, Uri: cfg.URI(a.GetStorage().GetPrefix())},
 	}
-	cfg := StorageConfig(a.GetStorage())
 	if s.store, err = m.cfg.OpenStore(cfg); err != nil {
 		return nil, err
 	}
 	defer func() {
 		if err != nil {
+			s.closeWriter()
 			s.closeStore()
 		}
 	}()
@@ -256,10 +255,6 @@ func StorageConfig(st *nodev1.AssignedStorage) storage.Config {
 		Region: st.GetRegion(), PathStyle: st.GetPathStyle(), Root: st.GetRoot(), TigrisFSArgs: st.GetTigrisfsArgs(), EncryptionKey: st.GetEncryptionKey(),
 		Own: st.GetOwn(), PublicOnly: st.GetPublicOnly(),
 	}
-}
-
-func uri(st *nodev1.AssignedStorage) string {
-	return "s3://" + strings.TrimSuffix(st.GetBucket()+"/"+storage.Join(st.GetRoot(), st.GetPrefix()), "/")
 }
 
 // record is the session as its manifests keep it: enough to create it
@@ -608,10 +603,8 @@ func (s *Session) restore(ctx context.Context, head checkpoint.Head, m *mark) er
 }
 
 func (s *Session) closeStore() {
-	if c, ok := s.store.(interface{ Close() error }); ok {
-		if err := c.Close(); err != nil {
-			s.log.Debug("closing the object store", "error", err)
-		}
+	if err := objstore.Close(s.store); err != nil {
+		s.log.Debug("closing the object store", "error", err)
 	}
 }
 
