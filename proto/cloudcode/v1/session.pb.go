@@ -811,7 +811,7 @@ type Checkpoint struct {
 	// The moment that it holds.
 	CreateTime *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
 	// Why it was made: `turn` (a chat's turn has ended), `busy`, `change`, `suspend`,
-	// `stop`, `manual`, `restore`, `fork`, `start`.
+	// `stop`, `manual`, `restore`, `fork`.
 	Trigger string `protobuf:"bytes,3,opt,name=trigger,proto3" json:"trigger,omitempty"`
 	// Regular files, and their bytes together.
 	Files int64 `protobuf:"varint,4,opt,name=files,proto3" json:"files,omitempty"`
